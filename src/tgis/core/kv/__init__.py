@@ -1,0 +1,1 @@
+"""Who may keep keys and values where: accounting only, no tensors."""

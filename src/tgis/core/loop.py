@@ -1,0 +1,216 @@
+"""The loop of the core: ingest -> schedule -> run -> account -> emit.
+
+Every `Add` gets exactly one terminal message, whatever happens in between.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from tgis.core.link import FrontLink
+from tgis.core.scheduler import Scheduler
+from tgis.core.sequence import Sequence
+from tgis.engines.base import Engine
+from tgis.engines.plan import Row, StepPlan, Want
+from tgis.sampling.sampler import Choice, Sampler, input_details
+from tgis.types import FinishReason, TokenOut
+from tgis.wire import Abort, Add, Failed, FailureKind, InputDetails, Out, StepStats
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+
+class _Outbox:
+    """What one step has to say to one front."""
+
+    def __init__(self) -> None:
+        self.tokens: list[TokenOut] = []
+        self.inputs: list[InputDetails] = []
+        self.started: list[tuple[int, float]] = []
+
+
+class Core:
+    """Owns the sequences and drives scheduler, engine and sampler.
+
+    Args:
+        engine: the loaded model, its cache allocated.
+        clock: CLOCK_MONOTONIC seconds; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampler: Sampler,
+        scheduler: Scheduler,
+        link: FrontLink,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._sampler = sampler
+        self._scheduler = scheduler
+        self._link = link
+        self._clock = clock
+        self._sequences: dict[tuple[int, int], Sequence] = {}  # (client, seq_id)
+        self._by_uid: dict[int, Sequence] = {}
+        self._next_uid = 0
+        self._outboxes: dict[int, _Outbox] = {}
+        self.step_started = 0.0  # 0 = idle; read by the heartbeat
+
+    def turn(self, wait: float) -> None:
+        """One turn: ingest, then a step if there is work.
+
+        Args:
+            wait: seconds to wait for a message when there is nothing to do.
+        """
+        self._ingest(0.0 if self._scheduler.has_work else wait)
+        if self._scheduler.has_work:
+            self.step_started = self._clock()
+            self._step()
+            self.step_started = 0.0
+
+    def _ingest(self, wait: float) -> None:
+        for client, message in self._link.receive(wait):
+            if isinstance(message, Add):
+                self._add(client, message)
+            elif isinstance(message, Abort):
+                for seq_id in message.seq_ids:
+                    self._drop(self._sequences.get((client, seq_id)))
+            else:  # the connection is gone
+                for seq in [seq for seq in self._by_uid.values() if seq.client == client]:
+                    self._drop(seq)
+
+    def _add(self, client: int, request: Add) -> None:
+        seq = Sequence.of(self._next_uid, request, client)
+        self._next_uid += 1
+        self._sampler.add(seq.uid, request.sampling, request.details, request.token_ids)
+        self._sequences[client, request.seq_id] = self._by_uid[seq.uid] = seq
+        self._scheduler.add(seq)
+
+    def _drop(self, seq: Sequence | None) -> None:
+        """Take a live sequence out of everything."""
+        if seq is not None:
+            self._scheduler.remove(seq)
+            self._forget(seq)
+
+    def _forget(self, seq: Sequence) -> None:
+        self._sampler.remove(seq.uid)
+        del self._sequences[seq.client, seq.request.seq_id], self._by_uid[seq.uid]
+
+    def _fail(self, seq: Sequence, kind: FailureKind, message: str) -> None:
+        self._drop(seq)
+        self._link.send(seq.client, Failed(seq.request.seq_id, kind, message))
+
+    def _step(self) -> None:
+        start = self._clock()
+        for seq in self._scheduler.expire(start):
+            self._forget(seq)
+            self._outbox(seq).tokens.append(
+                TokenOut(seq.request.seq_id, -1, FinishReason.TIME_LIMIT)
+            )
+        preempted = self._scheduler.num_preempted
+        plan = self._scheduler.schedule()
+        stats = None
+        if plan.rows:
+            forward = self._run(plan)
+            num_decode = sum(1 for row in plan.rows if len(row.token_ids) == 1)
+            stats = StepStats(
+                duration=self._clock() - start,
+                forward_duration=forward,
+                num_prefill_seqs=len(plan.rows) - num_decode,
+                num_prefill_tokens=plan.num_tokens - num_decode,
+                num_decode_seqs=num_decode,
+                num_preempted=self._scheduler.num_preempted - preempted,
+            )
+        self._emit(stats)
+
+    def _run(self, plan: StepPlan) -> float:
+        """Run one plan and account for it; returns the seconds that the engine took."""
+        now = self._clock()
+        for row in plan.rows:
+            seq = self._by_uid[row.seq_id]
+            if not seq.started:
+                seq.started = True
+                self._outbox(seq).started.append((seq.request.seq_id, now))
+        try:
+            logits = self._engine.forward(plan)
+            forward = self._clock() - now
+            self._account(plan, logits)
+        except MemoryError as error:
+            log.exception("a step ran out of memory")
+            self._fail_plan(plan, FailureKind.OUT_OF_MEMORY, str(error) or "out of memory")
+            forward = 0.0
+        except Exception as error:
+            log.exception("a step failed")
+            self._fail_plan(plan, FailureKind.GENERATION, type(error).__name__)
+            forward = 0.0
+        self._engine.release(self._scheduler.drain_released())
+        return forward
+
+    def _fail_plan(self, plan: StepPlan, kind: FailureKind, message: str) -> None:
+        for row in plan.rows:
+            seq = self._by_uid.get(row.seq_id)
+            if seq is not None:
+                self._fail(seq, kind, message)
+
+    def _account(self, plan: StepPlan, logits: torch.Tensor) -> None:
+        """Note what has been computed, and choose a token for each sequence that is complete."""
+        ready: list[Sequence] = []
+        picks: list[int] = []  # row of `logits` per ready sequence
+        offset = 0
+        for row in plan.rows:
+            seq = self._by_uid[row.seq_id]
+            self._scheduler.account(seq, row)
+            num_logits = _num_logits(row)
+            if row.want is Want.ALL:
+                self._note_inputs(seq, row, logits[offset : offset + num_logits])
+            offset += num_logits
+            if seq.num_uncomputed == 0:
+                ready.append(seq)
+                picks.append(offset - 1)
+        if not ready:
+            return
+        chosen = logits if len(picks) == offset else logits[picks]
+        choices = self._sampler.sample([seq.uid for seq in ready], chosen)
+        now = self._clock()
+        for seq, choice in zip(ready, choices, strict=True):
+            self._append(seq, choice, now)
+
+    def _note_inputs(self, seq: Sequence, row: Row, logits: torch.Tensor) -> None:
+        """Details of the prompt tokens that follow this row's positions, each noted once."""
+        first = len(seq.input_details)  # details exist of prompt tokens 1..first
+        last = min(row.start + len(row.token_ids), seq.num_prompt - 1)
+        if last > first:
+            wanted = logits[first - row.start : last - row.start]
+            next_ids = seq.token_ids[first + 1 : last + 1]
+            seq.input_details += input_details(wanted, next_ids, seq.request.details)
+
+    def _append(self, seq: Sequence, choice: Choice, now: float) -> None:
+        if choice.error is not None:
+            self._fail(seq, FailureKind.GENERATION, choice.error)
+            return
+        box = self._outbox(seq)
+        if seq.num_generated == 0 and seq.request.details.input:
+            box.inputs.append(InputDetails(seq.request.seq_id, seq.input_details))
+        reason = self._scheduler.append(seq, choice.token_id, now)
+        box.tokens.append(TokenOut(seq.request.seq_id, choice.token_id, reason, choice.details))
+        if reason is not FinishReason.NOT_FINISHED:
+            self._forget(seq)
+
+    def _outbox(self, seq: Sequence) -> _Outbox:
+        box = self._outboxes.get(seq.client)
+        if box is None:
+            box = self._outboxes[seq.client] = _Outbox()
+        return box
+
+    def _emit(self, stats: StepStats | None) -> None:
+        gauges = self._scheduler.gauges()
+        for client, box in self._outboxes.items():
+            self._link.send(client, Out(box.tokens, box.inputs, box.started, stats, gauges))
+        self._outboxes.clear()
+
+
+def _num_logits(row: Row) -> int:
+    return len(row.token_ids) if row.want is Want.ALL else int(row.want is Want.LAST)

@@ -1,0 +1,1 @@
+"""Engines: everything that turns a `StepPlan` into logits, behind one protocol."""

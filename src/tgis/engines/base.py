@@ -1,0 +1,65 @@
+"""The engine seam: what the core may know about an engine, and nothing more.
+
+An engine knows token ids, positions and slots. It knows no text, no requests, no sampling and no
+scheduling.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from tgis.engines.plan import StepPlan
+from tgis.types import ModelKind
+
+if TYPE_CHECKING:
+    import torch
+
+KvLayout = Literal["rows", "blocks", "padded"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCaps:
+    """What an engine can do; the core chooses its strategies by this, never by type."""
+
+    name: str
+    kind: ModelKind
+    kv_layout: KvLayout
+    chunked_prefill: bool
+    vocab_size: int
+    max_positions: int | None  # None = no limit of its own
+    kv_bytes_per_token: int  # keys and values of one token over all layers
+    dtype: str  # of the weights' arithmetic, a torch name such as "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """The room for keys and values: `num_slots` slots of at most `slot_tokens` tokens each."""
+
+    num_slots: int
+    slot_tokens: int
+
+
+class Engine(Protocol):
+    """One loaded model. Called from one thread only."""
+
+    caps: EngineCaps
+
+    def allocate(self, shape: CacheShape) -> None:
+        """Make the key/value cache. Called once, before the first `forward`."""
+
+    def forward(self, plan: StepPlan) -> "torch.Tensor":
+        """Run one step.
+
+        Returns:
+            Logits as float32 [plan.num_logits, vocab_size], in the order of the plan's rows (and of
+            the tokens within a row that wants all).
+
+        Raises:
+            MemoryError: no memory for this step; the cache is unchanged for rows not in the plan.
+        """
+
+    def release(self, slots: Sequence[int]) -> None:
+        """The memory behind these slots may be given back to the operating system."""
+
+    def close(self) -> None:
+        """Free everything."""

@@ -1,0 +1,53 @@
+"""What an engine is told to do in one step. Pure data; the scheduler makes it, engines obey it."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class Want(IntEnum):
+    """Which logits a row asks for."""
+
+    NOTHING = 0  # a chunk in the middle of a prompt
+    LAST = 1  # those after its last new token
+    ALL = 2  # those after every new token (details of input tokens)
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's share of a step: compute `token_ids` at positions `start`, `start`+1, ..."""
+
+    seq_id: int
+    slot: int  # where its keys and values live; fixed from admission to release
+    token_ids: list[int]
+    start: int  # tokens of the sequence whose keys and values are already there
+    want: Want
+
+
+@dataclass(frozen=True, slots=True)
+class KvCopy:
+    """Copy the first `num_tokens` cached tokens of one slot to another before the step."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: copies first, then all rows at once. The order of `rows` is binding."""
+
+    rows: list[Row]
+    copies: list[KvCopy] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens that the step computes."""
+        return sum(len(row.token_ids) for row in self.rows)
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of the logits tensor that the step returns."""
+        return sum(
+            len(row.token_ids) if row.want is Want.ALL else int(row.want is Want.LAST)
+            for row in self.rows
+        )

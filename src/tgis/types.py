@@ -1,0 +1,93 @@
+"""The nouns that every part of the server shares.
+
+Plain immutable data: no torch, no gRPC, no asyncio. Structs that cross the process boundary are
+`msgspec` structs, so the wire format and the types cannot drift apart.
+"""
+
+from enum import IntEnum
+
+import msgspec
+
+
+class FinishReason(IntEnum):
+    """Why a sequence ended; the numbers are those of `fmaas.StopReason`."""
+
+    NOT_FINISHED = 0
+    MAX_TOKENS = 1
+    EOS_TOKEN = 2
+    CANCELLED = 3
+    TIME_LIMIT = 4
+    STOP_SEQUENCE = 5
+    TOKEN_LIMIT = 6
+    ERROR = 7
+
+
+class ModelKind(IntEnum):
+    """The two kinds of text model; the numbers are those of `ModelInfoResponse.ModelKind`."""
+
+    DECODER_ONLY = 0
+    ENCODER_DECODER = 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How one sequence's logits are processed and its next token chosen.
+
+    Values are final: defaults applied, every "off" has exactly one spelling.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    typical_p: float = 1.0  # 1 = off
+    seed: int = 0  # uint64; read only when do_sample
+    repetition_penalty: float = 1.0  # 1 = off
+    length_penalty_start: int = 0  # generated tokens before the penalty sets in
+    length_penalty_decay: float = 1.0  # 1 = off
+    min_new_tokens: int = 0  # EOS is impossible while fewer have been generated
+
+
+class DetailParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Which details of its tokens a sequence wants back."""
+
+    logprobs: bool = False
+    ranks: bool = False
+    top_n: int = 0
+    output: bool = False  # for generated tokens
+    input: bool = False  # for input tokens
+
+
+NO_DETAILS = DetailParams()
+
+
+class TokenDetails(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Details of one token, generated or input.
+
+    `top` holds (token id, logprob) in the order in which they are shown.
+    """
+
+    logprob: float = 0.0
+    rank: int = 0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenOut(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One generated token, or the end of a sequence without one (`token_id` = -1)."""
+
+    seq_id: int
+    token_id: int
+    finish: FinishReason = FinishReason.NOT_FINISHED
+    details: TokenDetails | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What the core says of the model that it serves, once it can serve."""
+
+    kind: ModelKind
+    engine: str
+    dtype: str
+    vocab_size: int
+    max_sequence_length: int  # input + generated tokens of one sequence
+    max_new_tokens: int
+    kv_tokens: int  # tokens of all sequences together that fit in memory
+    max_running: int  # sequences that one step can advance

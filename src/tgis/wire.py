@@ -1,0 +1,167 @@
+"""What front and core say to each other, and how it is framed.
+
+One Unix stream socket, each frame a 4-byte little-endian length and a msgpack body. A body is one
+struct of the tagged unions below. End of file means that the peer has died.
+
+    front -> core   Add, Abort
+    core -> front   Loading*, Ready, then Out, Failed and Beat in any order
+
+Every `Add` is answered by exactly one terminal message: a `TokenOut` with a finish reason inside
+an `Out`, or a `Failed`. An `Abort` ends a sequence without an answer.
+Times are CLOCK_MONOTONIC seconds, which the processes of one machine share.
+"""
+
+import struct
+from enum import IntEnum
+from typing import Generic, TypeVar
+
+import msgspec
+
+from tgis.types import DetailParams, ModelInfo, SamplingParams, TokenDetails, TokenOut
+
+MAX_FRAME_BYTES = 1 << 30
+_LENGTH = struct.Struct("<I")
+
+
+class Add(msgspec.Struct, frozen=True, tag=1, array_like=True):
+    """A new sequence: generate from `token_ids`."""
+
+    seq_id: int
+    token_ids: list[int]
+    sampling: SamplingParams
+    details: DetailParams
+    max_new_tokens: int
+    deadline: float  # inf = none
+    arrival: float
+
+
+class Abort(msgspec.Struct, frozen=True, tag=2, array_like=True):
+    """Forget these sequences; unknown ids are ignored."""
+
+    seq_ids: list[int]
+
+
+class Loading(msgspec.Struct, frozen=True, tag=3, array_like=True):
+    """How far the model has been read."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=4, array_like=True):
+    """The core serves from now on."""
+
+    model: ModelInfo
+
+
+class InputDetails(msgspec.Struct, frozen=True, array_like=True):
+    """Details of input tokens 1, 2, ... of one sequence, sent with its first generated token.
+
+    The first input token has none: nothing was predicted before it.
+    """
+
+    seq_id: int
+    details: list[TokenDetails]
+
+
+class StepStats(msgspec.Struct, frozen=True, array_like=True):
+    """One step of the engine, for the batch metrics."""
+
+    duration: float  # seconds from plan to accounted tokens
+    forward_duration: float
+    num_prefill_seqs: int
+    num_prefill_tokens: int
+    num_decode_seqs: int
+    num_preempted: int
+
+
+class Gauges(msgspec.Struct, frozen=True, array_like=True):
+    """The state of queue and batch after a step, or when idle."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    running_tokens: int = 0  # input + generated tokens of running sequences
+    remaining_tokens: int = 0  # sum over running sequences of tokens they may still generate
+    kv_tokens_used: int = 0
+    kv_tokens_total: int = 0
+
+
+class Out(msgspec.Struct, frozen=True, tag=5, array_like=True):
+    """All that one step produced."""
+
+    tokens: list[TokenOut]
+    inputs: list[InputDetails]
+    started: list[tuple[int, float]]  # sequences that left the queue, and when
+    step: StepStats | None
+    gauges: Gauges
+
+
+class FailureKind(IntEnum):
+    """Which error of `tgis.errors` a failed sequence raises in the front."""
+
+    GENERATION = 0
+    OUT_OF_MEMORY = 1
+    INVALID = 2
+
+
+class Failed(msgspec.Struct, frozen=True, tag=6, array_like=True):
+    """One sequence ended with an error."""
+
+    seq_id: int
+    kind: FailureKind
+    message: str
+
+
+class Beat(msgspec.Struct, frozen=True, tag=7, array_like=True):
+    """The core's process is alive; `busy_for` is the age in seconds of the step under way."""
+
+    busy_for: float
+    gauges: Gauges
+
+
+ToCore = Add | Abort
+ToFront = Loading | Ready | Out | Failed | Beat
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: ToCore | ToFront) -> bytes:
+    """One frame."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+T = TypeVar("T")
+
+
+class Decoder(Generic[T]):
+    """Cuts a byte stream into messages of one direction.
+
+    Args:
+        union: the union of message types to expect (`ToCore` or `ToFront`).
+    """
+
+    def __init__(self, union: object) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)  # type: ignore[call-overload]
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[T]:
+        """Return every message that `data` completes.
+
+        Raises:
+            msgspec.DecodeError: the bytes are not of this protocol.
+        """
+        self._buffer += data
+        messages: list[T] = []
+        offset = 0
+        while len(self._buffer) - offset >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, offset)
+            if length > MAX_FRAME_BYTES:
+                raise msgspec.DecodeError(f"frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
+            end = offset + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(self._decoder.decode(bytes(self._buffer[offset + _LENGTH.size : end])))
+            offset = end
+        del self._buffer[:offset]
+        return messages
