@@ -1,0 +1,1 @@
+"""The front: clients, validation, text, deadlines and metrics. Knows no torch and no engine."""
