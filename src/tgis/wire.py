@@ -125,10 +125,15 @@ ToFront = Loading | Ready | Out | Failed | Beat
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode(message: ToCore | ToFront) -> bytes:
-    """One frame."""
+def frame(message: msgspec.Struct) -> bytes:
+    """One framed message."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
+
+
+def encode(message: ToCore | ToFront) -> bytes:
+    """One framed message between front and core."""
+    return frame(message)
 
 
 T = TypeVar("T")

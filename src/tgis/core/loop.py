@@ -6,6 +6,7 @@ Every `Add` gets exactly one terminal message, whatever happens in between.
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -16,11 +17,27 @@ from tgis.engines.base import Engine
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.sampling.sampler import Choice, Sampler, input_details
 from tgis.types import FinishReason, TokenOut
-from tgis.wire import Abort, Add, Failed, FailureKind, InputDetails, Out, StepStats
+from tgis.wire import (
+    Abort,
+    Add,
+    Failed,
+    FailureKind,
+    Gauges,
+    InputDetails,
+    Out,
+    StepStats,
+)
 
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+
+
+class Pulse(Protocol):
+    """What the loop tells the heartbeat."""
+
+    step_started: float  # of the step under way; 0 = idle
+    gauges: Gauges
 
 
 class _Outbox:
@@ -37,6 +54,7 @@ class Core:
 
     Args:
         engine: the loaded model, its cache allocated.
+        pulse: what the heartbeat reads.
         clock: CLOCK_MONOTONIC seconds; replaced in tests.
     """
 
@@ -46,18 +64,19 @@ class Core:
         sampler: Sampler,
         scheduler: Scheduler,
         link: FrontLink,
+        pulse: Pulse,
         clock: Clock = time.monotonic,
     ) -> None:
         self._engine = engine
         self._sampler = sampler
         self._scheduler = scheduler
         self._link = link
+        self._pulse = pulse
         self._clock = clock
         self._sequences: dict[tuple[int, int], Sequence] = {}  # (client, seq_id)
         self._by_uid: dict[int, Sequence] = {}
         self._next_uid = 0
         self._outboxes: dict[int, _Outbox] = {}
-        self.step_started = 0.0  # 0 = idle; read by the heartbeat
 
     def turn(self, wait: float) -> None:
         """One turn: ingest, then a step if there is work.
@@ -67,9 +86,9 @@ class Core:
         """
         self._ingest(0.0 if self._scheduler.has_work else wait)
         if self._scheduler.has_work:
-            self.step_started = self._clock()
+            self._pulse.step_started = self._clock()
             self._step()
-            self.step_started = 0.0
+            self._pulse.step_started = 0.0
 
     def _ingest(self, wait: float) -> None:
         for client, message in self._link.receive(wait):
@@ -206,7 +225,7 @@ class Core:
         return box
 
     def _emit(self, stats: StepStats | None) -> None:
-        gauges = self._scheduler.gauges()
+        gauges = self._pulse.gauges = self._scheduler.gauges()
         for client, box in self._outboxes.items():
             self._link.send(client, Out(box.tokens, box.inputs, box.started, stats, gauges))
         self._outboxes.clear()

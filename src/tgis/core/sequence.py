@@ -48,4 +48,6 @@ class Sequence:
     @property
     def wants_input_details(self) -> bool:
         """Whether logits of prompt positions are still to be looked at."""
-        return self.request.details.input and len(self.input_details) < self.num_prompt - 1
+        details = self.request.details
+        asked = details.input and bool(details.logprobs or details.ranks or details.top_n)
+        return asked and len(self.input_details) < self.num_prompt - 1

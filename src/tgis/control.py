@@ -1,0 +1,110 @@
+"""What the supervisor and its children say to each other.
+
+A child is started as a fresh interpreter with one end of a socket pair. It reads `Boot`, reports
+as it goes, and treats the end of the file as the death of the supervisor: it exits at once, so
+that nothing is ever left behind.
+"""
+
+import ctypes
+import signal
+import socket
+import sys
+from typing import Generic, TypeVar
+
+import msgspec
+
+from tgis.config import Config
+from tgis.types import ModelFiles, ModelInfo
+from tgis.wire import Decoder, frame
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Boot(msgspec.Struct, frozen=True, tag=1):
+    """Everything that a child needs to know."""
+
+    config: Config
+    files: ModelFiles
+    tokenizer_path: str  # directory with tokenizer.json
+    socket_path: str  # where front and core meet
+
+
+class Drain(msgspec.Struct, frozen=True, tag=2):
+    """To the front: take no new requests, finish the open ones, exit."""
+
+
+class Alive(msgspec.Struct, frozen=True, tag=3):
+    """The child's process runs; `busy_for` is the age in seconds of the step under way."""
+
+    busy_for: float = 0.0
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=4):
+    """From the core: the model is in memory."""
+
+
+class Serving(msgspec.Struct, frozen=True, tag=5):
+    """From the front: requests are answered from now on."""
+
+    model: ModelInfo
+    grpc_port: int
+    http_port: int
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=6):
+    """The child cannot go on and a new one could not either: one line for the operator."""
+
+    message: str
+    exit_code: int
+
+
+ToChild = Boot | Drain
+ToSupervisor = Alive | Loaded | Serving | Fatal
+
+T = TypeVar("T")
+
+
+class Channel(Generic[T]):
+    """One end of the socket pair.
+
+    Args:
+        union: the messages that this end receives.
+    """
+
+    def __init__(self, sock: socket.socket, union: object) -> None:
+        self.sock = sock
+        self._decoder: Decoder[T] = Decoder(union)
+
+    def fileno(self) -> int:
+        """For selectors."""
+        return self.sock.fileno()
+
+    def send(self, message: ToChild | ToSupervisor) -> None:
+        """Send one message.
+
+        Raises:
+            OSError: the other end is gone.
+        """
+        self.sock.sendall(frame(message))
+
+    def receive(self) -> list[T] | None:
+        """Read once, blocking as the socket does; None at the end of the file."""
+        try:
+            data = self.sock.recv(1 << 16)
+        except ConnectionResetError:
+            data = b""
+        return self._decoder.feed(data) if data else None
+
+
+def open_child() -> tuple[Channel[ToChild], Boot]:
+    """In a child: the channel given as file descriptor in `sys.argv[1]`, and its first message.
+
+    Exits if the supervisor is gone already.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    channel: Channel[ToChild] = Channel(socket.socket(fileno=int(sys.argv[1])), ToChild)
+    while (messages := channel.receive()) is not None:
+        for message in messages:
+            if isinstance(message, Boot):
+                return channel, message
+    sys.exit(1)

@@ -1,0 +1,82 @@
+"""The core's process: load the model, then turn the loop for ever."""
+
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tgis.control import Alive, Boot, Channel, Fatal, Loaded, ToChild, open_child
+from tgis.core.link import FrontLink
+from tgis.errors import StartupError
+from tgis.observe import logs
+from tgis.wire import Beat, Gauges, Loading, Ready
+
+log = logging.getLogger("tgis.core")
+
+_BEAT_SECONDS = 0.25
+_IDLE_SECONDS = 1.0
+
+
+class Heartbeat(threading.Thread):
+    """Tells supervisor and fronts that this process lives, and dies with the supervisor.
+
+    A thread, because the loop is silent while the engine computes.
+    """
+
+    def __init__(self, channel: Channel[ToChild], link: FrontLink) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._channel = channel
+        self._link = link
+        self.step_started = 0.0  # CLOCK_MONOTONIC; 0 = idle
+        self.gauges = Gauges()
+
+    def run(self) -> None:
+        """Beat until the supervisor is gone; then there is nobody left to work for."""
+        while True:
+            started = self.step_started
+            busy_for = time.monotonic() - started if started else 0.0
+            try:
+                self._channel.send(Alive(busy_for))
+            except OSError:
+                os._exit(1)
+            self._link.broadcast(Beat(busy_for, self.gauges))
+            readable, _, _ = select.select([self._channel], [], [], _BEAT_SECONDS)
+            if readable and self._channel.receive() is None:
+                os._exit(1)
+
+
+def serve(channel: Channel[ToChild], boot: Boot) -> None:
+    """Load the model and serve; returns only by an exception."""
+    link = FrontLink(Path(boot.socket_path))
+    heartbeat = Heartbeat(channel, link)
+    heartbeat.start()
+    # Imported late: torch takes a second, and the heart must beat before that.
+    from tgis.core.assembly import assemble  # noqa: PLC0415
+
+    def progress(bytes_done: int, bytes_total: int) -> None:
+        link.greet(Loading(bytes_done, bytes_total))
+
+    core, model = assemble(boot, link, heartbeat, progress)
+    link.greet(Ready(model))
+    channel.send(Loaded())
+    while True:
+        core.turn(_IDLE_SECONDS)
+
+
+def main() -> int:
+    """Entry point."""
+    channel, boot = open_child()
+    logs.configure(boot.config.log_level, boot.config.log_format, "core")
+    try:
+        serve(channel, boot)
+    except StartupError as error:
+        channel.send(Fatal(str(error), error.exit_code))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Putting the core together: engine, memory, scheduler, sampler, loop."""
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+from tgis.config import effective_limits
+from tgis.control import Boot
+from tgis.core.kv.rows import RowsMemory
+from tgis.core.link import FrontLink
+from tgis.core.loop import Core, Pulse
+from tgis.core.memory import kv_capacity
+from tgis.core.scheduler import Scheduler
+from tgis.engines.base import CacheShape
+from tgis.engines.registry import load_engine
+from tgis.sampling.sampler import Sampler
+from tgis.types import ModelInfo
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAX_RUNNING = 128
+DEFAULT_STEP_TOKENS = 512
+
+Progress = Callable[[int, int], None]
+
+
+def assemble(
+    boot: Boot, link: FrontLink, pulse: Pulse, progress: Progress
+) -> tuple[Core, ModelInfo]:
+    """Load the model and build the loop around it.
+
+    Args:
+        progress: told bytes read so far and bytes in all while the weights are loaded.
+
+    Raises:
+        ModelError: the model cannot be served.
+        ConfigError: the settings do not fit the model or the machine.
+    """
+    config, files = boot.config, boot.files
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_grad_enabled(False)
+    limits = effective_limits(config, files)
+    engine = load_engine(config, files, progress)
+    max_running = config.max_batch_size or DEFAULT_MAX_RUNNING
+    capacity = kv_capacity(
+        config.kv_cache_memory,
+        engine.caps.kv_bytes_per_token,
+        limits.max_sequence_length,
+        max_running,
+    )
+    engine.allocate(CacheShape(max_running, limits.max_sequence_length))
+    scheduler = Scheduler(
+        RowsMemory(max_running, capacity),
+        max_step_tokens=config.max_step_tokens or max(DEFAULT_STEP_TOKENS, 2 * max_running),
+        max_running=max_running,
+        eos_token_ids=files.eos_token_ids,
+    )
+    sampler = Sampler(engine.caps.vocab_size, files.eos_token_ids)
+    model = ModelInfo(
+        kind=engine.caps.kind,
+        engine=engine.caps.name,
+        dtype=engine.caps.dtype,
+        vocab_size=engine.caps.vocab_size,
+        max_sequence_length=limits.max_sequence_length,
+        max_new_tokens=limits.max_new_tokens,
+        kv_tokens=capacity,
+        max_running=max_running,
+    )
+    return Core(engine, sampler, scheduler, link, pulse), model

@@ -1,0 +1,205 @@
+"""The gRPC service: protobuf in, protobuf out, and nothing else.
+
+Unary and streaming answers are made from the same pieces, so they cannot differ.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+
+import grpc
+
+from tgis.errors import InvalidRequest
+from tgis.front.accounts import Accounts
+from tgis.front.grpc_server import rpc, stream_rpc
+from tgis.front.intake import Input, Intake, refuse_adapters
+from tgis.front.streams import Answer, Piece, Stream, Streams
+from tgis.front.tokenize import TextTokenizer
+from tgis.front.params import Limits
+from tgis.proto import generation_pb2 as pb
+from tgis.proto.generation_pb2_grpc import GenerationServiceServicer
+from tgis.types import FinishReason, ModelKind, TokenDetails, TokenOut
+
+Context = grpc.aio.ServicerContext  # type: ignore[type-arg]
+
+_NO_DETAILS = TokenDetails()
+
+
+class GenerationService(GenerationServiceServicer):
+    """`fmaas.GenerationService`."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        streams: Streams,
+        tokenizer: TextTokenizer,
+        accounts: Accounts,
+        kind: ModelKind,
+        limits: Limits,
+    ) -> None:
+        self._intake = intake
+        self._streams = streams
+        self._tokenizer = tokenizer
+        self._accounts = accounts
+        self._kind = kind
+        self._limits = limits
+
+    @rpc
+    async def Generate(  # noqa: N802
+        self, request: pb.BatchedGenerationRequest, context: Context
+    ) -> pb.BatchedGenerationResponse:
+        """Generate for a batch of inputs; all succeed or the call fails."""
+        arrival = time.monotonic()
+        count = len(request.requests)
+        kind = "single" if count == 1 else "batch"
+        self._accounts.arrived(kind, count)
+        if not count:
+            return pb.BatchedGenerationResponse()
+        with self._intake.permits(count), ExitStack() as stack:
+            texts = [item.text for item in request.requests]
+            inputs = await self._intake.accept(texts, request, arrival)
+            streams = [stack.enter_context(self._streams.open(item.job)) for item in inputs]
+            with self._accounts.request():
+                answers = await asyncio.gather(*(stream.collect() for stream in streams))
+            for stream, answer in zip(streams, answers, strict=True):
+                self._accounts.finished(kind, stream, answer.finish)
+            return pb.BatchedGenerationResponse(
+                responses=[
+                    self._response(*parts) for parts in zip(inputs, streams, answers, strict=True)
+                ]
+            )
+
+    @stream_rpc
+    async def GenerateStream(  # noqa: N802
+        self, request: pb.SingleGenerationRequest, context: Context
+    ) -> AsyncIterator[pb.GenerationResponse]:
+        """Generate for one input, piece by piece."""
+        arrival = time.monotonic()
+        self._accounts.arrived("stream", 1)
+        with self._intake.permits(1):
+            if not request.HasField("request"):
+                raise InvalidRequest("missing request")
+            (item,) = await self._intake.accept([request.request.text], request, arrival)
+            with self._streams.open(item.job) as stream, self._accounts.request():
+                async for message in self._messages(item, stream):
+                    yield message
+
+    @rpc
+    async def Tokenize(  # noqa: N802
+        self, request: pb.BatchedTokenizeRequest, context: Context
+    ) -> pb.BatchedTokenizeResponse:
+        """Token counts, and token strings and byte offsets on request."""
+        refuse_adapters(request)
+        with self._accounts.tokenize(len(request.requests)) as note:
+            results = await asyncio.gather(
+                *(
+                    self._tokenizer.describe(
+                        item.text,
+                        request.truncate_input_tokens,
+                        request.return_tokens,
+                        request.return_offsets,
+                    )
+                    for item in request.requests
+                )
+            )
+            note(sum(result.count for result in results))
+        return pb.BatchedTokenizeResponse(
+            responses=[
+                pb.TokenizeResponse(
+                    token_count=result.count,
+                    tokens=result.tokens,
+                    offsets=[
+                        pb.TokenizeResponse.Offset(start=start, end=end)
+                        for start, end in result.offsets
+                    ],
+                )
+                for result in results
+            ]
+        )
+
+    @rpc
+    async def ModelInfo(  # noqa: N802
+        self, request: pb.ModelInfoRequest, context: Context
+    ) -> pb.ModelInfoResponse:
+        """What kind of model is served, and its limits."""
+        return pb.ModelInfoResponse(
+            model_kind=self._kind.value,  # type: ignore[arg-type]
+            max_sequence_length=self._limits.max_sequence_length,
+            max_new_tokens=self._limits.max_new_tokens,
+        )
+
+    def _response(self, item: Input, stream: Stream, answer: Answer) -> pb.GenerationResponse:
+        not_started = answer.num_generated == 0
+        separator = "\n\n" if self._kind is ModelKind.ENCODER_DECODER else ""
+        echo = item.text + separator if item.params.input_text and not not_started else ""
+        return pb.GenerationResponse(
+            input_token_count=item.num_tokens,
+            generated_token_count=answer.num_generated,
+            text=echo + answer.text,
+            stop_reason=answer.finish.value,  # type: ignore[arg-type]
+            stop_sequence=answer.stop_sequence,
+            seed=0 if not_started else item.seed,
+            tokens=[self._token(token) for token in answer.tokens],
+            input_tokens=[] if not_started else self._input_tokens(item, stream),
+        )
+
+    async def _messages(self, item: Input, stream: Stream) -> AsyncIterator[pb.GenerationResponse]:
+        """The messages of one stream, in the order of the TGIS api (streaming protocol)."""
+        yield pb.GenerationResponse(
+            input_token_count=item.num_tokens,
+            seed=item.seed,
+            text=item.text if item.params.input_text else "",
+        )
+        awaiting_inputs = item.params.details.input
+        finish = FinishReason.NOT_FINISHED
+        while finish is FinishReason.NOT_FINISHED:
+            for piece in await stream.next():
+                if awaiting_inputs and piece.num_generated:
+                    awaiting_inputs = False
+                    tokens = self._input_tokens(item, stream)
+                    yield pb.GenerationResponse(
+                        input_token_count=len(tokens), input_tokens=tokens
+                    )
+                finish = piece.finish
+                if finish is not FinishReason.NOT_FINISHED:
+                    self._accounts.finished("stream", stream, finish)
+                if piece.text or piece.token is not None or finish:
+                    yield self._piece(item, piece)
+
+    def _piece(self, item: Input, piece: Piece) -> pb.GenerationResponse:
+        message = pb.GenerationResponse(generated_token_count=piece.num_generated, text=piece.text)
+        if piece.token is not None:
+            message.tokens.append(self._token(piece.token))
+        if piece.finish is not FinishReason.NOT_FINISHED:
+            message.stop_reason = piece.finish.value  # type: ignore[assignment]
+            message.stop_sequence = piece.stop_sequence
+            message.seed = item.seed if piece.num_generated else 0
+        return message
+
+    def _token(self, out: TokenOut) -> pb.TokenInfo:
+        return self._token_info(out.token_id, out.details or _NO_DETAILS)
+
+    def _token_info(self, token_id: int, details: TokenDetails) -> pb.TokenInfo:
+        return pb.TokenInfo(
+            text=self._tokenizer.token_string(token_id),
+            logprob=details.logprob,
+            rank=details.rank,
+            top_tokens=[
+                pb.TokenInfo.TopToken(text=self._tokenizer.token_string(top_id), logprob=logprob)
+                for top_id, logprob in details.top
+            ],
+        )
+
+    def _input_tokens(self, item: Input, stream: Stream) -> list[pb.TokenInfo]:
+        """One entry per input token; nothing was predicted before the first one."""
+        if not item.params.details.input:
+            return []
+        first = TokenDetails(logprob=math.nan if item.params.details.logprobs else 0.0)
+        rest = stream.input_details or [_NO_DETAILS] * (item.num_tokens - 1)
+        return [
+            self._token_info(token_id, details)
+            for token_id, details in zip(item.job.token_ids, [first, *rest], strict=True)
+        ]
+

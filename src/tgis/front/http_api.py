@@ -1,0 +1,70 @@
+"""HTTP for operators: `GET /health` and `GET /metrics`, and nothing else."""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from tgis.errors import ConfigError
+from tgis.front.health import Health, State
+from tgis.front.link import CoreLink
+from tgis.observe.metrics import CONTENT_TYPE, Metrics
+
+log = logging.getLogger(__name__)
+
+_MAX_BODY_BYTES = 1 << 16
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(health: Health, link: CoreLink, metrics: Metrics) -> web.Application:
+    """The application; errors have empty bodies, as TGIS answers them."""
+
+    async def get_health(request: web.Request) -> web.Response:
+        state = health.state
+        if state is State.READY:
+            return web.Response()
+        body: dict[str, object] = {"error": "unhealthy", "state": state.value}
+        if state is not State.DRAINING and link.loading.bytes_total:
+            done, total = link.loading.bytes_done, link.loading.bytes_total
+            body["loading"] = {
+                "bytes": done,
+                "total": total,
+                "percent": round(100 * done / total, 1),
+            }
+        return web.json_response(body, status=503)
+
+    async def get_metrics(request: web.Request) -> web.Response:
+        return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    @web.middleware
+    async def empty_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPMethodNotAllowed as error:
+            return web.Response(status=error.status, headers={"Allow": error.headers["Allow"]})
+        except web.HTTPException as error:
+            return web.Response(status=error.status)
+
+    app = web.Application(middlewares=[empty_errors], client_max_size=_MAX_BODY_BYTES)
+    app.router.add_get("/health", get_health)
+    app.router.add_get("/metrics", get_metrics)
+    return app
+
+
+async def start(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
+    """Serve; returns the runner to clean up, and the port (which `port` 0 leaves to the system).
+
+    Raises:
+        ConfigError: the port is taken or may not be bound.
+    """
+    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    await runner.setup()
+    site = web.TCPSite(runner, host, port, reuse_port=False)
+    try:
+        await site.start()
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError(
+            f"--port {port} (PORT): cannot listen on {host}: {error.strerror or error}"
+        ) from error
+    return runner, runner.addresses[0][1]

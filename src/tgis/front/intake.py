@@ -1,0 +1,137 @@
+"""From a request's texts and raw parameters to jobs: permits, validation, tokens, lengths."""
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+
+from tgis.errors import InvalidRequest, Overloaded
+from tgis.front.params import Limits, Params
+from tgis.front.streams import Job
+from tgis.front.tokenize import TextTokenizer
+from tgis.front.validate import fit_length, validate
+from tgis.observe.metrics import Metrics
+from tgis.proto import generation_pb2 as pb
+
+
+Request = pb.BatchedGenerationRequest | pb.SingleGenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One valid input of a request."""
+
+    job: Job
+    params: Params
+    text: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens, as counted for the client."""
+        return len(self.job.token_ids)
+
+    @property
+    def seed(self) -> int:
+        """The seed to tell the client; 0 unless sampling."""
+        return self.job.sampling.seed if self.job.sampling.do_sample else 0
+
+
+class Intake:
+    """Lets requests in.
+
+    Args:
+        max_concurrent: inputs that may be queued or running at the same time.
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer, limits: Limits, max_concurrent: int, metrics: Metrics
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._max_concurrent = max_concurrent
+        self._num_admitted = 0
+        self._metrics = metrics
+
+    @contextmanager
+    def permits(self, count: int) -> Iterator[None]:
+        """Hold `count` of the permits for concurrent inputs.
+
+        Raises:
+            Overloaded: not that many are left; nobody waits.
+        """
+        if self._num_admitted + count > self._max_concurrent:
+            self._metrics.count("tgi_request_failure", err="conc_limit")
+            raise Overloaded("Model is overloaded")
+        self._num_admitted += count
+        try:
+            yield
+        finally:
+            self._num_admitted -= count
+
+    async def accept(
+        self, texts: Sequence[str], request: Request, arrival: float
+    ) -> list[Input]:
+        """Validate one request, in the order of the TGIS api.
+
+        Raises:
+            InvalidRequest: the first rule that it breaks.
+        """
+        try:
+            inputs = await self._accept(texts, request, arrival)
+        except InvalidRequest:
+            self._metrics.count("tgi_request_failure", err="validation")
+            raise
+        now = time.monotonic()
+        self._metrics.observe("tgi_request_validation_duration", now - arrival)
+        for item in inputs:
+            self._metrics.observe("tgi_request_max_new_tokens", item.params.max_new_tokens)
+            self._metrics.observe("tgi_request_input_length", item.num_tokens)
+        return inputs
+
+    async def _accept(
+        self, texts: Sequence[str], request: Request, arrival: float
+    ) -> list[Input]:
+        params = validate(request.params if request.HasField("params") else None, self._limits)
+        refuse_adapters(request)
+        encodings = await asyncio.gather(
+            *(self._tokenizer.encode(text, params.truncate_input_tokens) for text in texts)
+        )
+        for encoding in encodings:
+            self._metrics.observe("tgi_request_raw_input_length", encoding.num_raw_tokens)
+        return [
+            Input(self._job(encoding.ids, params, arrival), params, text)
+            for encoding, text in zip(encodings, texts, strict=True)
+        ]
+
+    def _job(self, token_ids: list[int], params: Params, arrival: float) -> Job:
+        length = fit_length(len(token_ids), 0, params, self._limits)
+        sampling = params.sampling
+        if sampling.do_sample and params.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(32))
+        return Job(
+            token_ids=token_ids,
+            sampling=sampling,
+            details=params.details,
+            max_new_tokens=length.max_new_tokens,
+            token_limited=length.token_limited,
+            stop_sequences=params.stop_sequences,
+            include_stop_sequence=params.include_stop_sequence,
+            arrival=arrival,
+            deadline=math.inf if params.time_limit is None else arrival + params.time_limit,
+        )
+
+
+def refuse_adapters(request: Request | pb.BatchedTokenizeRequest) -> None:
+    """Adapters and prompt prefixes are refused as long as no store is configured."""
+    if request.adapter_id:
+        raise InvalidRequest("adapter_id supplied but no adapter store was configured")
+    if request.prefix_id:
+        raise InvalidRequest(
+            f"can't retrieve prompt prefix with id '{request.prefix_id}': "
+            "prompt prefixes are not enabled on this server"
+        )

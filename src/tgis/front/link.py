@@ -1,0 +1,138 @@
+"""The front's end of the Unix socket to the core.
+
+The core may die and come back; the front stays. End of file means death: whoever listens is told
+at once, and the link keeps trying to connect to the next core.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tgis.errors import Unavailable
+from tgis.types import ModelInfo
+from tgis.wire import (
+    Abort,
+    Add,
+    Beat,
+    Decoder,
+    Failed,
+    Gauges,
+    Loading,
+    Out,
+    Ready,
+    ToFront,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 0.05
+
+
+class CoreListener(Protocol):
+    """Who is told what the core says."""
+
+    def on_out(self, out: Out) -> None:
+        """A step has ended."""
+
+    def on_failed(self, failed: Failed) -> None:
+        """A sequence has failed."""
+
+    def on_lost(self) -> None:
+        """The core is gone, and every open sequence with it."""
+
+
+class _Wire(asyncio.Protocol):
+    def __init__(self, on_message: Callable[[ToFront], None]) -> None:
+        self._decoder: Decoder[ToFront] = Decoder(ToFront)
+        self._on_message = on_message
+        self.closed = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._decoder.feed(data):
+            self._on_message(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(exc)
+
+
+class CoreLink:
+    """The connection to the core, kept up by `run`.
+
+    `model` is None while there is no core that can serve.
+    """
+
+    def __init__(self, path: Path, listener: CoreListener) -> None:
+        self._path = path
+        self._listener = listener
+        self._transport: asyncio.Transport | None = None
+        self.model: ModelInfo | None = None
+        self.loading = Loading(0, 0)
+        self.gauges = Gauges()
+        self.busy_for = 0.0  # age of the core's step under way at the last beat
+        self.last_heard = 0.0  # CLOCK_MONOTONIC
+        self.changed = asyncio.Event()  # set whenever `model` changes
+
+    @property
+    def connected(self) -> bool:
+        """Whether a core's process is there."""
+        return self._transport is not None
+
+    async def run(self) -> None:
+        """Connect, listen until the core is gone, and start over; ends only when cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                transport, wire = await loop.create_unix_connection(
+                    lambda: _Wire(self._on_message), str(self._path)
+                )
+            except OSError:  # no core listens yet
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            self._transport = transport
+            try:
+                await wire.closed
+            finally:
+                self._transport = None
+                transport.close()
+                self._set_model(None)
+                self._listener.on_lost()
+
+    def add(self, request: Add) -> None:
+        """Hand a sequence to the core.
+
+        Raises:
+            Unavailable: there is no core that can serve.
+        """
+        if self._transport is None or self.model is None:
+            raise Unavailable("The model is not ready to serve requests")
+        self._transport.write(encode(request))
+
+    def abort(self, seq_ids: Sequence[int]) -> None:
+        """Ask the core to forget sequences."""
+        if self._transport is not None:
+            self._transport.write(encode(Abort(list(seq_ids))))
+
+    def _on_message(self, message: ToFront) -> None:
+        self.last_heard = time.monotonic()
+        match message:
+            case Out():
+                self.gauges = message.gauges
+                self._listener.on_out(message)
+            case Failed():
+                self._listener.on_failed(message)
+            case Beat():
+                self.gauges, self.busy_for = message.gauges, message.busy_for
+            case Loading():
+                self.loading = message
+            case Ready():
+                self._set_model(message.model)
+
+    def _set_model(self, model: ModelInfo | None) -> None:
+        self.model = model
+        self.changed.set()
+        self.changed = asyncio.Event()

@@ -1,0 +1,301 @@
+"""Open sequences in the front: tokens come in from the core, pieces of the answer go out.
+
+A stream is registered before the core hears of it, so an answer can never miss it. What the core
+produced and the client has not yet taken waits in one slot, where text is merged; so a slow reader
+never grows a queue.
+"""
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass, field
+from itertools import count
+
+from tgis.errors import GenerationFailed, InvalidRequest, OutOfMemory, RequestError, Unavailable
+from tgis.front.link import CoreLink
+from tgis.observe.metrics import Metrics
+from tgis.text.detokenize import Detokenizer, TextStream
+from tgis.text.stops import StopMatcher
+from tgis.types import DetailParams, FinishReason, SamplingParams, TokenDetails, TokenOut
+from tgis.wire import Add, Failed, FailureKind, Out
+
+_FAILURES: dict[FailureKind, type[RequestError]] = {
+    FailureKind.GENERATION: GenerationFailed,
+    FailureKind.OUT_OF_MEMORY: OutOfMemory,
+    FailureKind.INVALID: InvalidRequest,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One input, ready to be generated from."""
+
+    token_ids: list[int]
+    sampling: SamplingParams
+    details: DetailParams
+    max_new_tokens: int
+    token_limited: bool  # the sequence limit lowered max_new_tokens
+    stop_sequences: tuple[str, ...]
+    include_stop_sequence: bool
+    arrival: float  # CLOCK_MONOTONIC seconds, as all times here
+    deadline: float = math.inf
+
+
+@dataclass(slots=True)
+class Piece:
+    """Part of an answer: what one token added, or several when nobody asked for token lists."""
+
+    num_generated: int  # so far
+    text: str = ""
+    token: TokenOut | None = None  # only if output details are wanted
+    finish: FinishReason = FinishReason.NOT_FINISHED
+    stop_sequence: str = ""
+
+
+@dataclass(slots=True)
+class Times:
+    """When things happened to one sequence; 0 = not yet."""
+
+    arrival: float
+    started: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+
+@dataclass(slots=True)
+class Answer:
+    """All pieces of one sequence, collected."""
+
+    text: str = ""
+    num_generated: int = 0
+    tokens: list[TokenOut] = field(default_factory=list)
+    finish: FinishReason = FinishReason.NOT_FINISHED
+    stop_sequence: str = ""
+
+
+class Stream:
+    """One sequence on its way. Use as a context manager: leaving it early aborts the sequence."""
+
+    def __init__(self, seq_id: int, job: Job, text: TextStream, streams: "Streams") -> None:
+        self.seq_id = seq_id
+        self.job = job
+        self.times = Times(job.arrival)
+        self.input_details: list[TokenDetails] = []
+        self.finished = False
+        self._text = text
+        self._stops = StopMatcher(job.stop_sequences, job.include_stop_sequence)
+        self._streams = streams
+        self.num_generated = 0
+        self._pieces: list[Piece] = []
+        self._error: RequestError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._collecting = False
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._streams.close(self)
+
+    async def next(self) -> list[Piece]:
+        """Wait for pieces; the last one has a finish reason.
+
+        Raises:
+            RequestError: the sequence failed.
+        """
+        while not self._has_news():
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None and not self._pieces:
+            raise self._error
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    async def collect(self) -> Answer:
+        """Wait for the end and put all pieces together."""
+        self._collecting = True
+        answer = Answer()
+        texts: list[str] = []
+        while answer.finish is FinishReason.NOT_FINISHED:
+            for piece in await self.next():
+                texts.append(piece.text)
+                if piece.token is not None:
+                    answer.tokens.append(piece.token)
+                answer.num_generated = piece.num_generated
+                answer.finish, answer.stop_sequence = piece.finish, piece.stop_sequence
+        answer.text = "".join(texts)
+        return answer
+
+    def push(self, out: TokenOut) -> None:
+        """Take one token, or the end, from the core."""
+        finish = out.finish
+        text = ""
+        if out.token_id >= 0:
+            self.num_generated += 1
+            text = self._text.add(out.token_id)
+        if finish is FinishReason.NOT_FINISHED:
+            fed = self._stops.feed(
+                text, self.num_generated >= self.job.sampling.min_new_tokens
+            )
+            text, stop_sequence = fed.release, fed.matched or ""
+            if stop_sequence:
+                finish = FinishReason.STOP_SEQUENCE
+        else:
+            fed = self._stops.feed(text + self._text.finish(), False)
+            text, stop_sequence = fed.release + self._stops.flush(), ""
+            if finish is FinishReason.MAX_TOKENS and self.job.token_limited:
+                finish = FinishReason.TOKEN_LIMIT
+        token = out if self.job.details.output and out.token_id >= 0 else None
+        self._put(Piece(self.num_generated, text, token, finish, stop_sequence))
+
+    def fail(self, error: RequestError) -> None:
+        """End with an error."""
+        self._error = error
+        self.finished = True
+        self._wake()
+
+    def _put(self, piece: Piece) -> None:
+        self.finished = piece.finish is not FinishReason.NOT_FINISHED
+        if self._pieces and not self.job.details.output:
+            piece.text = self._pieces.pop().text + piece.text
+        self._pieces.append(piece)
+        if self._has_news():
+            self._wake()
+
+    def _has_news(self) -> bool:
+        if self.finished:
+            return True
+        if self._collecting or not self._pieces:
+            return False
+        last = self._pieces[-1]
+        # A token that adds neither text nor a list entry is not worth a message, but the first
+        # one says that the input has been processed.
+        return bool(last.text) or last.token is not None or self._first_news()
+
+    def _first_news(self) -> bool:
+        return self.job.details.input and self.num_generated == 1
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Streams:
+    """All open streams of this front, by sequence id."""
+
+    def __init__(self, detokenizer: Detokenizer, metrics: Metrics) -> None:
+        self._detokenizer = detokenizer
+        self._metrics = metrics
+        self._streams: dict[int, Stream] = {}
+        self._ids = count(1)
+        self.link: CoreLink  # set by whoever makes both ends meet
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, job: Job) -> Stream:
+        """Register a sequence and hand it to the core.
+
+        Raises:
+            Unavailable: there is no core that can serve.
+        """
+        seq_id = next(self._ids)
+        stream = Stream(seq_id, job, self._detokenizer.stream(), self)
+        self._streams[seq_id] = stream
+        try:
+            self.link.add(
+                Add(
+                    seq_id,
+                    job.token_ids,
+                    job.sampling,
+                    job.details,
+                    job.max_new_tokens,
+                    job.deadline,
+                    job.arrival,
+                )
+            )
+        except Unavailable:
+            del self._streams[seq_id]
+            raise
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Forget a stream; the core is told if it still works on it."""
+        if self._streams.pop(stream.seq_id, None) is not None:
+            self.link.abort([stream.seq_id])
+
+    def on_out(self, out: Out) -> None:
+        """Distribute what one step produced."""
+        now = time.monotonic()
+        for seq_id, at in out.started:
+            if stream := self._streams.get(seq_id):
+                stream.times.started = at
+                self._metrics.observe("tgi_request_queue_duration", at - stream.times.arrival)
+        for inputs in out.inputs:
+            if stream := self._streams.get(inputs.seq_id):
+                stream.input_details = inputs.details
+        stopped: list[int] = []
+        for token in out.tokens:
+            stream = self._streams.get(token.seq_id)
+            if stream is None:
+                continue  # aborted while the step was under way
+            self._time(stream.times, now, token.token_id >= 0)
+            stream.push(token)
+            if stream.finished:
+                del self._streams[token.seq_id]
+                if token.finish is FinishReason.NOT_FINISHED:
+                    stopped.append(token.seq_id)
+        if stopped:
+            self.link.abort(stopped)
+        self._note_step(out)
+
+    def on_failed(self, failed: Failed) -> None:
+        """End one stream with an error."""
+        if stream := self._streams.pop(failed.seq_id, None):
+            cause = failed.message
+            if stream.num_generated:
+                cause = f"Error after generating {stream.num_generated} tokens: {cause}"
+            stream.fail(
+                _FAILURES[failed.kind](f"Request failed during generation: {cause}")
+            )
+
+    def on_lost(self) -> None:
+        """The core is gone: every open stream ends now."""
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(Unavailable("The inference engine has died and is being restarted"))
+
+    def _time(self, times: Times, now: float, token: bool) -> None:
+        if not token:
+            times.started = times.last_token = now
+        elif not times.first_token:
+            times.first_token = times.last_token = now
+            self._metrics.observe("tgi_request_time_to_first_token_duration", now - times.arrival)
+        else:
+            self._metrics.observe("tgi_request_inter_token_duration", now - times.last_token)
+            times.last_token = now
+
+    def _note_step(self, out: Out) -> None:
+        gauges, metrics = out.gauges, self._metrics
+        metrics.set("tgi_batch_current_size", gauges.num_running)
+        metrics.set("tgi_batch_input_tokens", gauges.running_tokens)
+        metrics.set("tgi_batch_max_remaining_tokens", gauges.remaining_tokens)
+        metrics.set("tgi_queue_size", gauges.num_waiting)
+        if gauges.kv_tokens_total:
+            metrics.set("tgi_kv_cache_usage", gauges.kv_tokens_used / gauges.kv_tokens_total)
+        if out.step is None:
+            return
+        if out.step.num_preempted:
+            metrics.count("tgi_preemption_count", out.step.num_preempted)
+        method = "prefill" if out.step.num_prefill_seqs else "next_token"
+        size = out.step.num_prefill_seqs or out.step.num_decode_seqs
+        metrics.count("tgi_batch_inference_count", method=method)
+        metrics.count("tgi_batch_inference_success", method=method)
+        metrics.observe("tgi_batch_inference_batch_size", size, method=method)
+        labels = {"method": method, "makeup": "single_only"}
+        metrics.observe("tgi_batch_inference_duration", out.step.duration, **labels)
+        metrics.observe(
+            "tgi_batch_inference_forward_duration", out.step.forward_duration, **labels
+        )
+        if out.step.num_prefill_tokens:
+            metrics.observe("tgi_batch_next_tokens", out.step.num_prefill_tokens)

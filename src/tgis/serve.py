@@ -1,0 +1,276 @@
+"""The supervisor: starts front and core, watches them, restarts the core, owns the exit code.
+
+It knows neither torch nor gRPC. It sleeps until a child speaks or dies, a signal comes, or
+somebody has been silent for too long.
+"""
+
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tgis.config import Config
+from tgis.control import (
+    Alive,
+    Boot,
+    Channel,
+    Drain,
+    Fatal,
+    Loaded,
+    Serving,
+    ToChild,
+    ToSupervisor,
+)
+from tgis.errors import StartupError
+from tgis.hub.fast_tokenizer import ensure_fast_tokenizer
+from tgis.hub.resolve import resolve
+from tgis.observe import logs
+
+log = logging.getLogger("tgis.serve")
+
+_TICK_SECONDS = 0.25
+_EXIT_SECONDS = 2.0  # for a child that has been told to go
+# A core that dies this often without having loaded its model will not do better the next time.
+_MAX_FAILED_LOADS = 3
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class _Child:
+    """A started process, its channel, and what it said last."""
+
+    def __init__(self, module: str, boot: Boot) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # the terminal's Ctrl-C is the supervisor's alone
+            )
+        self.name = module.rpartition(".")[2]
+        self.channel: Channel[ToSupervisor] = Channel(ours, ToSupervisor)
+        self.pid_fd = os.pidfd_open(self.process.pid)
+        self.last_heard = time.monotonic()
+        self.fatal: Fatal | None = None
+        self.loaded = False
+        self.tell(boot)
+
+    def tell(self, message: ToChild) -> None:
+        """Send, unless it is dead already: its exit is reported on its own."""
+        try:
+            self.channel.send(message)
+        except OSError:
+            log.debug("%s is gone: not told %s", self.name, type(message).__name__)
+
+    def end(self) -> None:
+        """Make sure that it is gone."""
+        self.process.kill()
+        self.process.wait()
+        self.channel.sock.close()
+        os.close(self.pid_fd)
+
+
+class Supervisor:
+    """Runs one server.
+
+    Args:
+        boot: what the children are told.
+    """
+
+    def __init__(self, boot: Boot) -> None:
+        self._boot = boot
+        self._config = boot.config
+        self._selector = selectors.DefaultSelector()
+        self._children: dict[str, _Child] = {}
+        self._failed_loads = 0
+        self._exit_code: int | None = None
+        self._drain_deadline: float | None = None
+        self._served = False
+
+    def run(self) -> int:
+        """Serve until told to stop; returns the exit code.
+
+        Raises:
+            StartupError: a child reported that the server cannot run.
+        """
+        restore = self._catch_signals()
+        try:
+            self._start("tgis.front")
+            self._start("tgis.core")
+            while self._exit_code is None:
+                for key, _ in self._selector.select(_TICK_SECONDS):
+                    handle: Callable[[], None] = key.data
+                    handle()
+                self._check_time()
+            return self._exit_code
+        finally:
+            for child in tuple(self._children.values()):
+                self._stop(child)
+            restore()
+            self._selector.close()
+
+    def _start(self, module: str) -> None:
+        child = _Child(module, self._boot)
+        self._children[child.name] = child
+        self._selector.register(
+            child.channel, selectors.EVENT_READ, lambda: self._listen(child)
+        )
+        self._selector.register(child.pid_fd, selectors.EVENT_READ, lambda: self._bury(child))
+        log.info("started %s (pid %d)", child.name, child.process.pid)
+
+    def _stop(self, child: _Child) -> None:
+        if self._children.pop(child.name, None) is None:
+            return
+        self._selector.unregister(child.pid_fd)
+        if child.channel.fileno() in self._selector.get_map():
+            self._selector.unregister(child.channel)
+        child.end()
+
+    def _listen(self, child: _Child) -> None:
+        messages = child.channel.receive()
+        if messages is None:  # its exit follows
+            self._selector.unregister(child.channel)
+            return
+        child.last_heard = time.monotonic()
+        for message in messages:
+            match message:
+                case Alive():
+                    pass
+                case Loaded():
+                    child.loaded = True
+                    self._failed_loads = 0
+                case Fatal():
+                    child.fatal = message
+                case Serving():
+                    self._announce(message)
+
+    def _announce(self, serving: Serving) -> None:
+        model, host = serving.model, self._config.host
+        log.info(
+            "ready: %s (%s, %s) on gRPC %s:%d, HTTP %s:%d; sequences of up to %d tokens, "
+            "%d tokens of keys and values in memory, %d sequences at once",
+            self._boot.files.name,
+            model.engine,
+            model.dtype,
+            host,
+            serving.grpc_port,
+            host,
+            serving.http_port,
+            model.max_sequence_length,
+            model.kv_tokens,
+            model.max_running,
+        )
+        if not self._served:
+            self._served = True
+            port = "" if serving.grpc_port == 8033 else f" --port {serving.grpc_port}"
+            log.info('try: tgis generate%s "Once upon a time"', port)
+
+    def _bury(self, child: _Child) -> None:
+        """A child has exited."""
+        code = child.process.wait()
+        if child.channel.fileno() in self._selector.get_map():
+            self._listen(child)  # its last words
+        self._stop(child)
+        if child.name == "front" and self._drain_deadline is not None:
+            self._exit_code = 0
+        elif child.fatal is not None and not self._served:
+            raise _startup_error(child.fatal)
+        elif child.name == "front":
+            log.error("the front died (%s)", _how(code))
+            self._exit_code = 1
+        elif self._drain_deadline is None:
+            self._replace_core(child, code)
+
+    def _replace_core(self, child: _Child, code: int) -> None:
+        cause = child.fatal.message if child.fatal else _how(code)
+        if not child.loaded:
+            self._failed_loads += 1
+        if self._failed_loads >= _MAX_FAILED_LOADS:
+            raise StartupError(f"the core died {self._failed_loads} times while loading: {cause}")
+        log.error("the core died (%s); starting another one", cause)
+        self._start("tgis.core")
+
+    def _check_time(self) -> None:
+        now = time.monotonic()
+        if self._drain_deadline is not None and now > self._drain_deadline:
+            log.warning("open requests did not finish within --drain-timeout; giving up on them")
+            self._exit_code = 0
+        for child in tuple(self._children.values()):
+            silence = now - child.last_heard
+            if silence > self._config.hang_timeout:
+                log.error("the %s has been silent for %.1f s; killing it", child.name, silence)
+                child.last_heard = now
+                child.process.kill()  # its exit is handled as any other
+
+    def _catch_signals(self) -> Callable[[], None]:
+        """Turn signals into events of the selector; returns what undoes it."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        old_fd = signal.set_wakeup_fd(writer.fileno())
+        old_handlers = [(number, signal.signal(number, lambda *_: None)) for number in _SIGNALS]
+        self._selector.register(
+            reader, selectors.EVENT_READ, lambda: self._on_signals(reader.recv(64))
+        )
+
+        def restore() -> None:
+            for number, handler in old_handlers:
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(old_fd)
+            reader.close()
+            writer.close()
+
+        return restore
+
+    def _on_signals(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number not in _SIGNALS:
+                continue
+            name = signal.Signals(number).name
+            if self._drain_deadline is not None:
+                log.warning("%s again: exiting at once", name)
+                self._exit_code = 128 + number
+            elif not self._served:
+                log.info("%s: exiting before the model is loaded", name)
+                self._exit_code = 0
+            else:
+                log.info("%s: finishing open requests, at most %g s", name, self._drain_seconds)
+                self._drain_deadline = time.monotonic() + self._drain_seconds + _EXIT_SECONDS
+                self._children["front"].tell(Drain())
+
+    @property
+    def _drain_seconds(self) -> float:
+        return self._config.drain_timeout
+
+
+def _how(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _startup_error(fatal: Fatal) -> StartupError:
+    error = StartupError(fatal.message)
+    error.exit_code = fatal.exit_code
+    return error
+
+
+def run(config: Config) -> int:
+    """Serve one model; returns the exit code.
+
+    Raises:
+        StartupError: the server cannot run; one line for the operator.
+    """
+    logs.configure(config.log_level, config.log_format, "serve")
+    files = resolve(config)
+    log.info("serving %s from %s", files.name, files.path)
+    with tempfile.TemporaryDirectory(prefix="tgis-") as directory:
+        tokenizer = ensure_fast_tokenizer(
+            Path(files.path), Path(directory), config.trust_remote_code
+        )
+        boot = Boot(config, files, str(tokenizer), str(Path(directory) / "core.sock"))
+        return Supervisor(boot).run()
