@@ -1,0 +1,229 @@
+"""Text to token ids, in threads.
+
+The tokenizer is shared by all threads, so nothing here sets truncation, padding or any other state
+on it: ids are cut afterwards. Batch calls of one text are used because they, unlike `encode`,
+release the interpreter lock.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tokenizers
+
+from tgis.errors import GenerationFailed, InvalidRequest, ModelError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# The tokenizer classes that have an `add_bos_token`, and what it is where the model's files do
+# not say. TGIS looks at the attribute, so for other classes the files may say what they like.
+_ADD_BOS_TOKEN = {
+    "CodeLlamaTokenizer": True,
+    "CohereTokenizer": True,
+    "GPT2Tokenizer": False,
+    "GPTNeoXTokenizer": False,
+    "GemmaTokenizer": True,
+    "LlamaTokenizer": True,
+}
+# The class where tokenizer_config.json names none, by config.json's model_type.
+_TOKENIZER_CLASS = {
+    "cohere": "CohereTokenizer",
+    "gemma": "GemmaTokenizer",
+    "gpt2": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "llama": "LlamaTokenizer",
+    "mistral": "LlamaTokenizer",
+    "mixtral": "LlamaTokenizer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """The token ids of one input, truncated, and how many there were before."""
+
+    ids: list[int]
+    num_raw_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeResult:
+    """What the Tokenize call says of one text."""
+
+    count: int
+    tokens: list[str] = field(default_factory=list)  # vocabulary strings
+    offsets: list[tuple[int, int]] = field(default_factory=list)  # UTF-8 bytes; start, end
+
+
+class TextTokenizer:
+    """A model's fast tokenizer and the threads that use it; made by `load`.
+
+    Args:
+        tokenizer: without truncation and padding; not changed by anybody from now on.
+        workers: number of threads.
+        add_special_tokens: whether BOS, EOS and the like belong to an input.
+        bos_token_id: takes the first place of a truncated input; None leaves it to the input.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        workers: int,
+        add_special_tokens: bool,
+        bos_token_id: int | None,
+    ) -> None:
+        self.raw = tokenizer
+        self._add_special_tokens = add_special_tokens
+        self._bos_token_id = bos_token_id
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        *,
+        workers: int,
+        add_special_tokens: bool = True,
+        max_sequence_length: int,
+    ) -> "TextTokenizer":
+        """Read `tokenizer.json` and what the configuration files beside it say of BOS.
+
+        Raises:
+            ModelError: a file is missing or broken.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(f"no such file: {path}")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelError(f"cannot read {path}: {error}") from error
+        if tokenizer.truncation is not None:
+            logger.warning(
+                "Ignoring fast tokenizer truncation configuration with max_length %s, "
+                "max_sequence_length is set to %s",
+                tokenizer.truncation["max_length"],
+                max_sequence_length,
+            )
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(
+            tokenizer,
+            workers=workers,
+            add_special_tokens=add_special_tokens,
+            bos_token_id=_bos_token_id(directory, tokenizer) if add_special_tokens else None,
+        )
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def encode(self, text: str, truncate: int) -> Encoding:
+        """Return the ids of an input; of more than `truncate` > 0 the last ones.
+
+        Raises:
+            InvalidRequest: the tokenizer cannot take the text.
+        """
+        try:
+            return await self._in_thread(self._encode, text, truncate)
+        except _TokenizerError as error:
+            raise InvalidRequest(f"tokenizer error {error}") from None
+
+    async def describe(
+        self, text: str, truncate: int, want_tokens: bool, want_offsets: bool
+    ) -> TokenizeResult:
+        """Return count and, if wanted, strings and byte offsets of the tokens of a text.
+
+        Of more than `truncate` > 0 tokens only the last ones count. Special tokens are at (0, 0).
+
+        Raises:
+            GenerationFailed: the tokenizer cannot take the text.
+        """
+        try:
+            return await self._in_thread(self._describe, text, truncate, want_tokens, want_offsets)
+        except _TokenizerError as error:
+            raise GenerationFailed(str(error)) from None
+
+    def token_string(self, token_id: int) -> str:
+        """Return a token as the vocabulary spells it, "" if there is none with this id."""
+        return self.raw.id_to_token(token_id) or ""
+
+    async def _in_thread(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    def _encode(self, text: str, truncate: int) -> Encoding:
+        ids: list[int] = self._run(self.raw.encode_batch_fast, text).ids
+        if not 0 < truncate < len(ids):
+            return Encoding(ids, len(ids))
+        kept = ids[-truncate:]
+        if self._bos_token_id is not None:
+            kept[0] = self._bos_token_id
+        return Encoding(kept, len(ids))
+
+    def _describe(
+        self, text: str, truncate: int, want_tokens: bool, want_offsets: bool
+    ) -> TokenizeResult:
+        encode = self.raw.encode_batch if want_offsets else self.raw.encode_batch_fast
+        encoding = self._run(encode, text)
+        num_skipped = max(0, len(encoding) - truncate) if truncate else 0
+        tokens = [self.token_string(i) for i in encoding.ids[num_skipped:]] if want_tokens else []
+        offsets = _byte_offsets(text, encoding.offsets[num_skipped:]) if want_offsets else []
+        return TokenizeResult(len(encoding) - num_skipped, tokens, offsets)
+
+    def _run(self, encode: Callable[..., list[Any]], text: str) -> Any:
+        try:
+            return encode([text], add_special_tokens=self._add_special_tokens)[0]
+        except TypeError:  # what the library makes of lone surrogates
+            raise _TokenizerError("text is not valid Unicode") from None
+        except Exception as error:  # the library raises nothing narrower
+            raise _TokenizerError(str(error)) from None
+
+
+class _TokenizerError(Exception):
+    """The tokenizer refused a text."""
+
+
+def _byte_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Turn offsets in characters into offsets in UTF-8 bytes."""
+    if text.isascii():
+        return list(offsets)
+    chars = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (chars > 0x7F) + (chars > 0x7FF) + (chars > 0xFFFF)
+    ends = np.concatenate(([0], np.cumsum(sizes)))
+    pairs = ends[np.array(offsets, dtype=np.int64).reshape(-1, 2)]
+    return list(map(tuple, pairs.tolist()))
+
+
+def _bos_token_id(directory: Path, tokenizer: tokenizers.Tokenizer) -> int | None:
+    """Return the BOS token that inputs keep when they are truncated, None without such a rule."""
+    settings = _read_json(directory / "tokenizer_config.json")
+    name = settings.get("tokenizer_class") or _TOKENIZER_CLASS.get(
+        _read_json(directory / "config.json").get("model_type", "")
+    )
+    default = _ADD_BOS_TOKEN.get(str(name).removesuffix("Fast"))
+    if default is None or not settings.get("add_bos_token", default):
+        return None
+    special = _read_json(directory / "special_tokens_map.json")
+    token = settings.get("bos_token") or special.get("bos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    return tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"cannot read {path}: not a JSON object")
+    return content

@@ -1,0 +1,1 @@
+"""From tokens to text and where it stops: pure, synchronous, no I/O."""
