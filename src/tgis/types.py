@@ -5,6 +5,7 @@ Plain immutable data: no torch, no gRPC, no asyncio. Structs that cross the proc
 """
 
 from enum import IntEnum
+from typing import Any
 
 import msgspec
 
@@ -91,3 +92,23 @@ class ModelInfo(msgspec.Struct, frozen=True):
     max_new_tokens: int
     kv_tokens: int  # tokens of all sequences together that fit in memory
     max_running: int  # sequences that one step can advance
+
+
+class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model lies, and what its small files say of it."""
+
+    name: str  # as it was asked for
+    path: str  # directory with config.json, weights and tokenizer
+    model_type: str
+    kind: ModelKind
+    weights: tuple[str, ...]  # names of the weight files within `path`
+    config: dict[str, Any]  # the whole config.json
+    vocab_size: int | None = None
+    max_length: int | None = None  # tokens of one sequence
+    eos_token_ids: tuple[int, ...] = ()  # any of them ends a sequence
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None  # encoder-decoder models only
+    dtype: str | None = None  # a torch name such as "bfloat16"
+    quantization: dict[str, Any] | None = None
+    auto_map: bool = False  # Python code of its own comes with it

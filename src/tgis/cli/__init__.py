@@ -1,0 +1,1 @@
+"""Command lines: thin, and light to import."""

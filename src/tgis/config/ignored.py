@@ -1,0 +1,60 @@
+"""Settings that are accepted and change nothing, each with the reason that is logged."""
+
+from typing import NamedTuple
+
+from tgis.config.model import NO_CUDA, NOT_MEASURED
+
+_GPTQ = "the server chooses the kernels for quantised weights itself"
+_NO_SPECULATION = "there is no speculative decoding"
+_NO_ONNX = "there is no ONNX engine in this version"
+
+
+class Ignored(NamedTuple):
+    """A setting that is accepted and changes nothing."""
+
+    annotation: type
+    why: str = ""
+    env_only: bool = True
+
+
+IGNORED: dict[str, Ignored] = {
+    "max_batch_weight": Ignored(str),
+    "max_prefill_weight": Ignored(str),
+    "master_shard_uds_path": Ignored(str, "there is no separate router", env_only=False),
+    "tokenizer_path": Ignored(str, "the tokenizer is the model's", env_only=False),
+    "enable_vllm_log_requests": Ignored(bool, "requests are always logged", env_only=False),
+    "disable_prompt_logprobs": Ignored(
+        bool, "details of input tokens cost nothing unless a request asks for them", env_only=False
+    ),
+    "max_logprobs": Ignored(int, "up to 10 alternatives are always offered", env_only=False),
+    "rank": Ignored(int, "the server numbers its processes itself"),
+    "world_size": Ignored(int, "num_shard counts the processes"),
+    "cuda_pad_to_mult_of_8": Ignored(bool, "inputs are not padded"),
+    "pytorch_cuda_alloc_conf": Ignored(str, NO_CUDA),
+    "disable_exllama": Ignored(bool, _GPTQ),
+    "exllama_version": Ignored(int, _GPTQ),
+    "gptq_cuda_type": Ignored(str, _GPTQ),
+    "bloom_slow_but_exact": Ignored(bool, "results never depend on the batch"),
+    "disable_custom_kernels": Ignored(bool, "there are none that can be turned off"),
+    "merge_onnx_graphs": Ignored(bool, _NO_ONNX),
+    "optimize_onnx_model": Ignored(bool, _NO_ONNX),
+    "compact_before_prefill": Ignored(bool, "there is nothing to compact"),
+    "fp32_logits_process": Ignored(bool, "logits are always processed in float32"),
+    "kv_cache_manager_num_gpu_blocks": Ignored(int, "kv_cache_memory sizes the cache"),
+    "estimate_memory_batch_size": Ignored(int, NOT_MEASURED),
+    "estimate_memory_min_samples": Ignored(int, NOT_MEASURED),
+    "estimate_memory_start_seq_len": Ignored(int, NOT_MEASURED),
+    "estimate_memory_stop_seq_len": Ignored(int, NOT_MEASURED),
+    "estimate_memory_fit_threshold": Ignored(float, NOT_MEASURED),
+    "estimate_memory_new_tokens": Ignored(int, NOT_MEASURED),
+    "estimate_memory_new_token_samples": Ignored(int, NOT_MEASURED),
+    "speculator_name": Ignored(str, _NO_SPECULATION, env_only=False),
+    "speculator_revision": Ignored(str, _NO_SPECULATION),
+    "speculator_n_candidates": Ignored(int, _NO_SPECULATION, env_only=False),
+    "speculator_max_batch_size": Ignored(int, _NO_SPECULATION, env_only=False),
+    "speculator_top_k_tokens_per_head": Ignored(str, _NO_SPECULATION),
+    "log_gpu_usage_interval": Ignored(float, NO_CUDA),
+    "debug": Ignored(str, "log_level sets what is logged"),
+    "git_commit_hash": Ignored(str, "the version says what runs"),
+    "hf_hub_offline": Ignored(bool, "nothing is ever downloaded while serving"),
+}

@@ -1,0 +1,278 @@
+"""Settings of the model: what is served, within which limits, with which memory."""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from tgis.config.setting import (
+    KINDS,
+    PORT,
+    SIZE,
+    Check,
+    Setting,
+    at_least,
+    between,
+    choice,
+)
+
+MODEL = "Model"
+LIMITS = "Limits and batching"
+MEMORY = "Memory and compute"
+
+Framework = Literal[
+    "tgis_native",
+    "hf_transformers",
+    "hf_accelerate",
+    "hf_optimum_bt",
+    "hf_optimum_ort",
+    "ibm_fms",
+    "ds_inference",
+    "hf_custom_tp",
+]
+NO_CUDA = "it concerns CUDA devices, and this server computes on the CPU"
+NOT_MEASURED = "memory is planned from the model's shape, not measured by trial runs"
+_DTYPES = {"auto": None, "float": "float32", "half": "float16"} | {
+    name: name for name in ("float32", "float16", "bfloat16")
+}
+_QUANTIZE = {"none": None} | {
+    name: name for name in ("gptq", "awq", "bitsandbytes", "int8", "int4", "int8-dynamic")
+}
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The first half of `Config`."""
+
+    model_name: Annotated[
+        str | None,
+        Setting(
+            MODEL,
+            "name of a model in the local Hugging Face cache, or a directory",
+            aliases={"model": ""},
+            unset="the small demo model that comes with the server",
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        Setting(MODEL, "branch, tag or commit of a cached model", unset="main"),
+    ] = None
+    deployment_framework: Annotated[
+        Framework | None,
+        Setting(
+            MODEL,
+            "engine that runs the model",
+            aliases={"engine": ""},
+            unset="native where the model's family is known, else Transformers",
+        ),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        Setting(
+            MODEL,
+            "type of the weights in memory",
+            aliases={"dtype_str": "dtype and dtype_str args both provided with different values"},
+            kind=choice(_DTYPES, "Unrecognized data type: {v}"),
+            unset="float32 on a CPU, float16 with CUDA",
+        ),
+    ] = None
+    quantize: Annotated[
+        str | None,
+        Setting(
+            MODEL,
+            "how linear weights are quantised",
+            aliases={"quantization": "Inconsistent quantize and quantization arg values"},
+            kind=choice(_QUANTIZE, "Unrecognized quantization method specified: {v}"),
+            unset="as the model's own files say",
+            not_yet="quantised weights are not supported by this version",
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, Setting(MODEL, "run Python code that comes with the model (hf engines)")
+    ] = False
+    transformers_attn_impl: Annotated[
+        str | None,
+        Setting(MODEL, "attn_implementation of hf engines", unset="Transformers' own choice"),
+    ] = None
+    flash_attention: Annotated[bool, Setting(MODEL, "as TGIS: choose the engine tgis_native")] = (
+        False
+    )
+    paged_attention: Annotated[bool, Setting(MODEL, "as TGIS: choose the engine tgis_native")] = (
+        False
+    )
+    hf_hub_cache: Annotated[
+        str,
+        Setting(
+            MODEL,
+            "directory of the Hugging Face cache; else $HF_HOME/hub, ~/.cache/huggingface/hub",
+            aliases=dict.fromkeys(
+                ("transformers_cache", "huggingface_hub_cache"),
+                "{b} and {a} env vars can't be set to different values",
+            ),
+            env_only=True,
+        ),
+    ] = ""
+
+    max_sequence_length: Annotated[
+        int | None,
+        Setting(
+            LIMITS,
+            "most tokens of one sequence, input and generated together",
+            check=at_least(2, "max_sequence_length ({v}) must be at least 2 (1 input + 1 output)"),
+            aliases={
+                "max_model_len": "Inconsistent max_model_len and max_sequence_length arg values"
+            },
+            unset="the model's own, else 2048",
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int,
+        Setting(
+            LIMITS,
+            "most tokens that one request may generate",
+            check=at_least(1, "max_new_tokens ({v}) at least 1"),
+        ),
+    ] = 1024
+    max_concurrent_requests: Annotated[
+        int,
+        Setting(
+            LIMITS,
+            "inputs waiting and running together; more are refused as overload",
+            check=at_least(1, "max_concurrent_requests must be > 0"),
+        ),
+    ] = 512
+    max_batch_size: Annotated[
+        int | None,
+        Setting(
+            LIMITS,
+            "most sequences that run at once",
+            check=at_least(1),
+            unset="12 for padded engines, else as many as memory holds",
+        ),
+    ] = None
+    max_prefill_padding: Annotated[
+        float,
+        Setting(
+            LIMITS,
+            "most padding in a prefill batch, as a share (padded engines)",
+            check=between(
+                0.0,
+                1.0,
+                "max_prefill_padding ({v}) must be a percentage in the range [0.0, 1.0]",
+            ),
+        ),
+    ] = 0.2
+    max_waiting_tokens: Annotated[
+        int,
+        Setting(
+            LIMITS,
+            "steps that small additions to the batch may wait (padded engines)",
+            check=at_least(0),
+        ),
+    ] = 24
+    max_step_tokens: Annotated[
+        int | None,
+        Setting(
+            LIMITS,
+            "new tokens that one step computes at most",
+            check=at_least(1),
+            unset="the engine's choice",
+        ),
+    ] = None
+    prefix_caching: Annotated[
+        bool, Setting(LIMITS, "keep computed prompts and reuse their beginnings")
+    ] = True
+
+    kv_cache_memory: Annotated[
+        int | None,
+        Setting(
+            MEMORY,
+            "bytes for keys and values",
+            kind=SIZE,
+            check=Check("at least 1MB, such as 4GiB or 512MiB", lambda v: 10**6 <= v < 2**50),
+            unset="a share of the memory that is available",
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        Setting(
+            MEMORY,
+            "threads that compute the model",
+            check=between(1, 4096, noun="an integer"),
+            unset="one for each core that the process may use",
+        ),
+    ] = None
+    tokenization_workers: Annotated[
+        int | None,
+        Setting(
+            MEMORY,
+            "threads that tokenize",
+            check=Check(
+                "an integer from 1 to 256",
+                lambda v: 1 <= v <= 256,
+                "tokenization_workers must be > 0",
+            ),
+            unset="one for each core beyond the shards, 1 to 8",
+        ),
+    ] = None
+    num_shard: Annotated[
+        int,
+        Setting(
+            MEMORY,
+            "processes that the model is split over (this version uses one)",
+            kind=KINDS[int]._replace(text="NUM_GPUS must be a positive integer"),
+            check=at_least(1, "`num_shard` / NUM_GPUS cannot be < 1"),
+            aliases={
+                "num_gpus": "NUM_GPUS and num_shard are set to different values ({vb} and {va})",
+                "tensor_parallel_size": "Inconsistent tensor_parallel_size and num_gpus/num_shard"
+                " arg values",
+            },
+        ),
+    ] = 1
+    master_addr: Annotated[
+        str,
+        Setting(MEMORY, "address where shards meet", no_effect="there is only one process"),
+    ] = "localhost"
+    master_port: Annotated[
+        int,
+        Setting(
+            MEMORY, "port where shards meet", check=PORT, no_effect="there is only one process"
+        ),
+    ] = 29500
+    estimate_memory: Annotated[
+        Literal["auto", "manual", "off"],
+        Setting(
+            MEMORY,
+            "how the memory of a batch is estimated",
+            kind=choice(
+                {name: name for name in ("auto", "manual", "off")},
+                "valid options for ESTIMATE_MEMORY are auto, manual, and off",
+            ),
+            no_effect=NOT_MEASURED,
+        ),
+    ] = "auto"
+    batch_safety_margin: Annotated[
+        int,
+        Setting(
+            MEMORY,
+            "percent of free device memory kept back",
+            check=between(0, 99, noun="a percentage"),
+            no_effect=NO_CUDA,
+        ),
+    ] = 20
+    cuda_process_memory_fraction: Annotated[
+        float,
+        Setting(
+            MEMORY,
+            "share of the device's memory that the process may use",
+            short="c",
+            check=Check(
+                "a number above 0 and up to 1",
+                lambda v: 0 < v <= 1,
+                "cuda_process_memory_fraction must be in range 0 < x <= 1",
+            ),
+            no_effect=NO_CUDA,
+        ),
+    ] = 1.0
+    pt2_compile: Annotated[
+        bool,
+        Setting(MEMORY, "compile the model", no_effect="this version does not compile models"),
+    ] = False
