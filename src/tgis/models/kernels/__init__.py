@@ -1,0 +1,39 @@
+"""Small fused operators for the native engine on CPUs.
+
+Each is a few dozen lines of C (`csrc/`), and has a twin in plain PyTorch (`reference`), which
+defines it, documents it and takes its place where no C library can be had. Which of the two is in
+use is decided when this package is imported.
+"""
+
+from tgis.models.kernels.build import BuildError, cpu_target
+
+try:
+    from tgis.models.kernels.native import act, act_mul, attention, layer_norm, rms_norm, rope_store
+
+    _DESCRIPTION = f"C kernels ({cpu_target().name})"
+except (BuildError, OSError) as error:
+    from tgis.models.kernels.reference import (
+        act,
+        act_mul,
+        attention,
+        layer_norm,
+        rms_norm,
+        rope_store,
+    )
+
+    _DESCRIPTION = f"PyTorch instead of C kernels: {error}"
+
+__all__ = [
+    "act",
+    "act_mul",
+    "attention",
+    "describe",
+    "layer_norm",
+    "rms_norm",
+    "rope_store",
+]
+
+
+def describe() -> str:
+    """Which kernels are in use, and why, in one line."""
+    return _DESCRIPTION

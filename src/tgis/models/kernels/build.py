@@ -1,0 +1,162 @@
+"""Compiles the C kernels into one shared library, and finds it again.
+
+The library is named after the instruction sets that it needs, and after a digest of everything that
+went into it; a stale or foreign file is therefore never loaded. It is looked for beside this module
+(`python -m tgis.models.kernels.build` puts it there: at install, or in a container image), then in
+the cache directory, and is else compiled into that directory, which takes about two seconds.
+It is linked against the very OpenMP runtime that torch has loaded, so that both share one pool of
+threads.
+"""
+
+import argparse
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch  # first of all for its effect: loads torch's OpenMP runtime
+
+SOURCE = Path(__file__).parent / "csrc"
+PREBUILT = Path(__file__).parent / "lib"
+OPTIONS = [
+    *("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"),
+]
+
+
+class Target(NamedTuple):
+    """A set of instruction sets: as `/proc/cpuinfo` names them, and as the compiler does."""
+
+    name: str
+    cpu_flags: frozenset[str]
+    options: tuple[str, ...]
+
+
+def _target(name: str, cpu_flags: str, options: str) -> Target:
+    return Target(name, frozenset(cpu_flags.split()), tuple(options.split()))
+
+
+_AVX2 = ("avx2 fma f16c bmi2", "-mavx2 -mfma -mf16c -mbmi2")
+_AVX512 = (
+    _AVX2[0] + " avx512f avx512bw avx512vl avx512dq",
+    _AVX2[1] + " -mavx512f -mavx512bw -mavx512vl -mavx512dq",
+)
+_BF16 = (_AVX512[0] + " avx512_bf16", _AVX512[1] + " -mavx512bf16")
+_AMX = (
+    _BF16[0] + " amx_tile amx_bf16 amx_int8",
+    _BF16[1] + " -mamx-tile -mamx-bf16 -mamx-int8",
+)
+TARGETS = [
+    _target("amx", *_AMX),
+    _target("avx512bf16", *_BF16),
+    _target("avx512", *_AVX512),
+    _target("avx2", *_AVX2),
+    _target("generic", "", ""),
+]
+
+
+class BuildError(Exception):
+    """The library cannot be had; `str()` says why, in one line."""
+
+
+def cpu_target() -> Target:
+    """The best target that this CPU runs."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        cpuinfo = ""
+    lines = (line.partition(":")[2].split() for line in cpuinfo.splitlines() if "flags" in line)
+    flags = frozenset(next(lines, []))
+    return next(target for target in TARGETS if target.cpu_flags <= flags)
+
+
+def openmp_runtime() -> Path:
+    """The file of the OpenMP runtime that torch has loaded into this process."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError as error:
+        raise BuildError("the loaded OpenMP runtime cannot be determined") from error
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "/lib" in line}
+    found = [path for path in paths if Path(path).name.startswith(("libgomp", "libiomp"))]
+    if len(found) != 1:
+        raise BuildError(f"{len(found)} OpenMP runtimes are loaded, not one")
+    return Path(found[0])
+
+
+def file_name(target: Target) -> str:
+    """The library's name for a target: of these sources, this machine type, this torch."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCE.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    versions = (platform.machine(), torch.__version__, openmp_runtime().name)
+    digest.update(repr((OPTIONS, target.options, versions)).encode())
+    return f"tgis_kernels_{target.name}_{digest.hexdigest()[:16]}.so"
+
+
+def compile_library(directory: Path, target: Target, extra_options: tuple[str, ...] = ()) -> Path:
+    """Compile for a target into a directory, atomically.
+
+    Raises:
+        BuildError: no compiler, no room, or the compiler failed.
+    """
+    compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if compiler is None:
+        raise BuildError("no C compiler (gcc, clang or cc) on the path")
+    runtime = openmp_runtime()
+    path = directory / file_name(target)
+    sources = sorted(str(source) for source in SOURCE.glob("*.c"))
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            partial = Path(scratch) / path.name
+            objects = [str(partial), *sources, *extra_options]
+            command = [compiler, *OPTIONS, *target.options, "-o", *objects]
+            # OPTIONS hold -fopenmp, whose own runtime comes after ours and is then not needed.
+            command += ["-Wl,--as-needed", str(runtime), f"-Wl,-rpath,{runtime.parent}", "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise BuildError(f"{compiler} failed: {last}")
+            partial.replace(path)
+    except OSError as error:
+        raise BuildError(f"{directory}: {error.strerror}") from error
+    return path
+
+
+def default_cache() -> Path:
+    """Where compiled libraries are kept for this user."""
+    return Path.home() / ".cache" / "tgis" / "kernels"
+
+
+def find_or_compile(cache_dir: Path | None = None) -> Path:
+    """The library for this CPU, compiled if need be.
+
+    Raises:
+        BuildError: there is none, and none can be made.
+    """
+    target = cpu_target()
+    cache = cache_dir or default_cache()
+    for directory in (PREBUILT, cache):
+        path = directory / file_name(target)
+        if path.is_file():
+            return path
+    return compile_library(cache, target)
+
+
+def main() -> None:
+    """Compile ahead of time."""
+    parser = argparse.ArgumentParser(description="Compile the CPU kernels ahead of time.")
+    parser.add_argument("--into", type=Path, default=PREBUILT, help="directory (default: package)")
+    parser.add_argument("--target", choices=[target.name for target in TARGETS], action="append")
+    arguments = parser.parse_args()
+    chosen = arguments.target or [cpu_target().name]
+    for target in TARGETS:
+        if target.name in chosen:
+            print(compile_library(arguments.into, target))
+
+
+if __name__ == "__main__":
+    main()

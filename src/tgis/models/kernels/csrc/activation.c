@@ -1,0 +1,68 @@
+// Activations, alone or gated (act(gate) * up, gate and up side by side in a row), in one pass.
+
+#include "vec.h"
+
+enum activation { SILU, GELU, GELU_TANH, RELU };
+
+struct activation_args {
+  const void *x;
+  void *out;
+  int64_t rows, cols, stride;  // cols: of out; stride: elements between rows of x
+  int64_t kind, gated, bf16;
+};
+
+INLINE vf activate(vf x, int kind) {
+  switch (kind) {
+    case SILU:
+      return x / (1.0f + vexp(-x));
+    case GELU:
+      return 0.5f * x * (1.0f + verf(x * 0.70710678f));
+    case GELU_TANH:
+      return 0.5f * x * (1.0f + vtanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    default:
+      return vmax(x, splat(0));
+  }
+}
+
+// Columns lo .. hi of one row: few rows are cut into column ranges, so that every thread has work.
+INLINE void span(const struct activation_args *a, int64_t row, int64_t lo, int64_t hi, int kind,
+                 int bf16) {
+  const void *x = at(a->x, row * a->stride, bf16);
+  const void *up = at(x, a->cols, bf16);
+  void *out = (char *)at(a->out, row * a->cols, bf16);
+  for (int64_t i = lo; i < hi; i += VL) {
+    vf y = activate(load_at(x, i, hi, bf16), kind);
+    if (a->gated) y *= load_at(up, i, hi, bf16);
+    store_at(out, i, hi, y, bf16);
+  }
+}
+
+#define SPAN 512
+
+INLINE void span_of_kind(const struct activation_args *a, int64_t row, int64_t lo, int64_t hi,
+                         int bf16) {
+  switch (a->kind) {
+    case SILU:
+      return span(a, row, lo, hi, SILU, bf16);
+    case GELU:
+      return span(a, row, lo, hi, GELU, bf16);
+    case GELU_TANH:
+      return span(a, row, lo, hi, GELU_TANH, bf16);
+    default:
+      return span(a, row, lo, hi, RELU, bf16);
+  }
+}
+
+EXPORT int tgis_activation(const struct activation_args *args) {
+  const struct activation_args a = *args;
+  const int64_t spans = (a.cols + SPAN - 1) / SPAN;
+#pragma omp parallel for if (a.rows * a.cols > 4096)
+  for (int64_t i = 0; i < a.rows * spans; i++) {
+    const int64_t lo = i % spans * SPAN, hi = min64(lo + SPAN, a.cols);
+    if (a.bf16)
+      span_of_kind(&a, i / spans, lo, hi, 1);
+    else
+      span_of_kind(&a, i / spans, lo, hi, 0);
+  }
+  return 0;
+}

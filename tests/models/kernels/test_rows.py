@@ -1,0 +1,88 @@
+"""Norms and activations against their PyTorch twins."""
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from tgis.models.kernels import reference
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """float32 within 1e-5; bfloat16 within one rounding."""
+    exact = expected.dtype == torch.float32
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if exact else {"rtol": 2**-7, "atol": 1e-5}
+    torch.testing.assert_close(actual, expected, **tolerance)
+
+
+SHAPES = [(0, 8), (1, 1), (1, 15), (3, 16), (5, 100), (33, 768)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(native, dtype, generator, shape, with_residual) -> None:
+    x = torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.randn(shape[1], generator=generator).to(dtype)
+    residual = torch.randn(shape, generator=generator).to(dtype) if with_residual else None
+    twin = None if residual is None else residual.clone()
+    actual = native.rms_norm(x, weight, 1e-6, residual)
+    close(actual, reference.rms_norm(x, weight, 1e-6, twin))
+    if residual is not None:
+        assert torch.equal(residual, twin)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("parts", ["", "w", "wb", "b"])
+def test_layer_norm(native, dtype, generator, shape, parts) -> None:
+    x = (torch.randn(shape, generator=generator) + 3).to(dtype)
+    weight = torch.randn(shape[1], generator=generator).to(dtype) if "w" in parts else None
+    bias = torch.randn(shape[1], generator=generator).to(dtype) if "b" in parts else None
+    residual = torch.randn(shape, generator=generator).to(dtype)
+    twin = residual.clone()
+    actual = native.layer_norm(x, weight, bias, 1e-5, residual)
+    close(actual, reference.layer_norm(x, weight, bias, 1e-5, twin))
+    assert torch.equal(residual, twin)
+
+
+def test_norm_reads_rows_that_lie_apart(native, dtype, generator) -> None:
+    x = torch.randn((4, 96), generator=generator).to(dtype)[:, 32:64]
+    weight = torch.ones(32, dtype=dtype)
+    close(native.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (1, 2048), (3, 20), (9, 1000)], ids=str)
+def test_activations(native, dtype, generator, activation, shape) -> None:
+    x = (torch.randn((shape[0], 2 * shape[1]), generator=generator) * 4).to(dtype)
+    close(native.act_mul(x, activation), reference.act_mul(x, activation))
+    half = x[:, : shape[1]]
+    close(native.act(half, activation), reference.act(half, activation))
+
+
+def test_activations_at_the_ends_of_the_range(native, dtype) -> None:
+    x = torch.tensor([[-1e30, -100.0, -20.0, -0.0, 0.0, 1e-30, 20.0, 100.0, 1e15]]).to(dtype)
+    for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+        close(native.act(x, activation), reference.act(x, activation))
+
+
+def test_nan_stays_nan(native: ModuleType, dtype: torch.dtype) -> None:
+    x = torch.full((1, 40), float("nan"), dtype=dtype)
+    assert native.rms_norm(x, torch.ones(40, dtype=dtype), 1e-6).isnan().all()
+    assert native.act(x, "silu").isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("rms_norm", (torch.zeros(2, 4, dtype=torch.float16), torch.zeros(4), 1e-6)),
+        ("rms_norm", (torch.zeros(2, 4), torch.zeros(5), 1e-6)),
+        ("rms_norm", (torch.zeros(2, 4), torch.zeros(4, dtype=torch.bfloat16), 1e-6)),
+        ("rms_norm", (torch.zeros(2, 4), torch.zeros(4), 1e-6, torch.zeros(2, 8)[:, :4])),
+        ("rms_norm", (torch.zeros(4, 2).T, torch.zeros(4), 1e-6)),
+        ("rms_norm", (torch.zeros(4), torch.zeros(4), 1e-6)),
+        ("act_mul", (torch.zeros(2, 5), "silu")),
+    ],
+)
+def test_wrong_arguments_are_refused(native, name, arguments) -> None:
+    with pytest.raises(ValueError, match=r"must|rows|even"):
+        getattr(native, name)(*arguments)
