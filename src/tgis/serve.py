@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tgis.config import Config
+from tgis.config import Config, effective_limits
 from tgis.control import (
     Alive,
     Boot,
@@ -267,6 +267,8 @@ def run(config: Config) -> int:
     """
     logs.configure(config.log_level, config.log_format, "serve")
     files = resolve(config)
+    for note in config.notes + effective_limits(config, files).notes:
+        log.log(logging.WARNING if note.level == "warning" else logging.INFO, note.text)
     log.info("serving %s from %s", files.name, files.path)
     with tempfile.TemporaryDirectory(prefix="tgis-") as directory:
         tokenizer = ensure_fast_tokenizer(

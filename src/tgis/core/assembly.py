@@ -15,7 +15,7 @@ from tgis.core.memory import kv_capacity
 from tgis.core.scheduler import Scheduler
 from tgis.engines.base import CacheShape
 from tgis.engines.registry import load_engine
-from tgis.sampling.sampler import Sampler
+from tgis.sampling import Sampler
 from tgis.types import ModelInfo
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from tgis.core.scheduler import Scheduler
 from tgis.core.sequence import Sequence
 from tgis.engines.base import Engine
 from tgis.engines.plan import Row, StepPlan, Want
-from tgis.sampling.sampler import Choice, Sampler, input_details
+from tgis.sampling import Choice, Sampler, input_details
 from tgis.types import FinishReason, TokenOut
 from tgis.wire import (
     Abort,
@@ -104,7 +104,13 @@ class Core:
     def _add(self, client: int, request: Add) -> None:
         seq = Sequence.of(self._next_uid, request, client)
         self._next_uid += 1
-        self._sampler.add(seq.uid, request.sampling, request.details, request.token_ids)
+        try:
+            self._sampler.add(seq.uid, request.sampling, request.details, request.token_ids)
+        except Exception as error:
+            log.exception("a sequence could not be added")
+            failed = Failed(request.seq_id, FailureKind.GENERATION, type(error).__name__)
+            self._link.send(client, failed)
+            return
         self._sequences[client, request.seq_id] = self._by_uid[seq.uid] = seq
         self._scheduler.add(seq)
 

@@ -1,0 +1,254 @@
+"""The scheduler, driven without an engine: every chosen token is `next_token`'s."""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kit.fake_engine import continuation, next_token
+from tgis.core.kv.rows import RowsMemory
+from tgis.core.scheduler import OVERTAKING_SECONDS, Scheduler
+from tgis.core.sequence import Sequence
+from tgis.engines.plan import StepPlan, Want
+from tgis.types import NO_DETAILS, DetailParams, FinishReason, SamplingParams
+from tgis.wire import Add
+
+EOS = 31
+
+
+def request(
+    seq_id: int,
+    prompt_len: int = 4,
+    max_new: int = 5,
+    *,
+    arrival: float = 0.0,
+    deadline: float = math.inf,
+    min_new: int = 0,
+    details: DetailParams = NO_DETAILS,
+) -> Add:
+    prompt = [(7 * seq_id + i) % 29 for i in range(prompt_len)]
+    sampling = SamplingParams(min_new_tokens=min_new)
+    return Add(seq_id, prompt, sampling, details, max_new, deadline, arrival)
+
+
+@dataclass
+class Driver:
+    """Plays the part of engine and sampler, and checks the accounts after every step."""
+
+    memory: RowsMemory
+    scheduler: Scheduler
+    now: float = 0.0
+    live: dict[int, Sequence] = field(default_factory=dict)
+    done: dict[int, tuple[list[int], FinishReason]] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls, slots: int = 4, tokens: int = 1000, budget: int = 16, eos: int = -1
+    ) -> "Driver":
+        memory = RowsMemory(slots, tokens)
+        scheduler = Scheduler(
+            memory, max_step_tokens=budget, max_running=slots, eos_token_ids=[eos]
+        )
+        return cls(memory, scheduler)
+
+    def add(self, add: Add) -> Sequence:
+        seq = self.live[add.seq_id] = Sequence.of(add.seq_id, add, 0)
+        self.scheduler.add(seq)
+        return seq
+
+    def drop(self, seq_id: int) -> None:
+        self.scheduler.remove(self.live.pop(seq_id))
+        self.check()
+
+    def step(self) -> StepPlan:
+        self.now += 1
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= self.scheduler._max_step_tokens
+        for row in plan.rows:
+            seq = self.live[row.seq_id]
+            assert row.start == seq.num_computed
+            assert row.token_ids == seq.token_ids[row.start : row.start + len(row.token_ids)]
+            self.scheduler.account(seq, row)
+            if seq.num_uncomputed == 0:
+                token = next_token(seq.token_ids[-1], len(seq.token_ids) - 1)
+                reason = self.scheduler.append(seq, token, self.now)
+                if reason is not FinishReason.NOT_FINISHED:
+                    self.done[row.seq_id] = (seq.token_ids[seq.num_prompt :], reason)
+                    del self.live[row.seq_id]
+        self.check()
+        return plan
+
+    def check(self) -> None:
+        assert self.memory.check() is None
+        assert self.memory.used + self.memory.cached + self.memory.free == self.memory.total
+        running = set(self.scheduler.running)
+        assert {seq for seq in self.live.values() if seq.slot >= 0} == running
+
+    def run(self, limit: int = 10_000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError("the scheduler makes no progress")
+
+
+def test_one_sequence_runs_to_its_limit() -> None:
+    driver = Driver.make()
+    add = request(1, prompt_len=4, max_new=5)
+    driver.add(add)
+    driver.run()
+    assert driver.done[1] == (continuation(add.token_ids, 5), FinishReason.MAX_TOKENS)
+    assert driver.memory.used == 0
+
+
+def test_a_long_prompt_is_cut_into_chunks() -> None:
+    driver = Driver.make(budget=16)
+    driver.add(request(1, prompt_len=40, max_new=1))
+    plans = [driver.step() for _ in range(3)]
+    assert [len(plan.rows[0].token_ids) for plan in plans] == [16, 16, 8]
+    assert [plan.rows[0].want for plan in plans] == [Want.NOTHING, Want.NOTHING, Want.LAST]
+    assert [plan.rows[0].start for plan in plans] == [0, 16, 32]
+
+
+def test_decoding_advances_in_every_step_beside_long_prompts() -> None:
+    driver = Driver.make(budget=16, tokens=10_000)
+    driver.add(request(1, prompt_len=2, max_new=100))
+    driver.step()
+    for seq_id in (2, 3, 4):
+        driver.add(request(seq_id, prompt_len=200, max_new=2))
+    for _ in range(30):
+        plan = driver.step()
+        assert plan.rows[0].seq_id == 1
+        assert len(plan.rows[0].token_ids) == 1
+        assert plan.num_tokens == 16
+
+
+def test_input_details_want_all_logits() -> None:
+    driver = Driver.make(budget=6)
+    details = DetailParams(logprobs=True, input=True)
+    seq = driver.add(request(1, prompt_len=10, max_new=3, details=details))
+    assert driver.step().rows[0].want is Want.ALL
+    seq.input_details = [None] * 9  # type: ignore[list-item]
+    assert driver.step().rows[0].want is Want.LAST
+
+
+def test_eos_ends_but_not_before_min_new_tokens() -> None:
+    add = request(1, max_new=50)
+    stream = continuation(add.token_ids, 50)
+    first, eos = next((i, t) for i, t in enumerate(stream) if i and t in stream[i + 1 :])
+    driver = Driver.make(eos=eos)
+    driver.add(add)
+    driver.run()
+    assert driver.done[1] == (stream[: first + 1], FinishReason.EOS_TOKEN)
+
+    second = stream.index(eos, first + 1)
+    driver = Driver.make(eos=eos)
+    driver.add(request(1, max_new=50, min_new=first + 2))
+    driver.run()
+    assert driver.done[1] == (stream[: second + 1], FinishReason.EOS_TOKEN)
+
+
+def test_deadlines_while_running_and_while_waiting() -> None:
+    driver = Driver.make(slots=1)
+    driver.add(request(1, max_new=100, deadline=3.0))
+    waiting = driver.add(request(2, deadline=2.0))
+    while 1 in driver.live:
+        driver.step()
+        for seq in driver.scheduler.expire(driver.now):
+            del driver.live[seq.uid]
+    tokens, reason = driver.done[1]
+    assert (len(tokens), reason) == (4, FinishReason.TIME_LIMIT)
+    assert waiting.uid not in driver.live
+    assert waiting.num_generated == 0
+    assert not driver.scheduler.has_work
+
+
+def test_memory_runs_out_and_the_last_admitted_gives_way() -> None:
+    driver = Driver.make(slots=3, tokens=90, budget=64)
+    adds = [request(i, prompt_len=8, max_new=40) for i in range(3)]
+    for add in adds:
+        driver.add(add)
+    driver.run()
+    assert driver.scheduler.num_preempted > 0
+    for add in adds:
+        assert driver.done[add.seq_id][0] == continuation(add.token_ids, 40)
+
+
+def test_a_small_request_passes_one_that_does_not_fit_for_a_while_only() -> None:
+    driver = Driver.make(slots=4, tokens=100, budget=200)
+    driver.add(request(1, prompt_len=60, max_new=30))
+    driver.step()
+    driver.add(request(2, prompt_len=80, max_new=1, arrival=10.0))
+    driver.add(request(3, prompt_len=4, max_new=1, arrival=10.0 + OVERTAKING_SECONDS))
+    driver.add(request(4, prompt_len=4, max_new=1, arrival=10.5 + OVERTAKING_SECONDS))
+    driver.step()
+    assert 3 in driver.done
+    assert {seq.uid for seq in driver.scheduler.waiting} == {2, 4}
+    driver.run()
+    assert set(driver.done) == {1, 2, 3, 4}
+
+
+def test_nothing_waits_for_ever_behind_endless_small_requests() -> None:
+    driver = Driver.make(slots=4, tokens=100, budget=64)
+    driver.add(request(0, prompt_len=4, max_new=4))
+    driver.step()
+    driver.add(request(1000, prompt_len=90, max_new=2, arrival=0.0))
+    for i in range(1, 200):
+        driver.add(request(i, prompt_len=6, max_new=8, arrival=float(i)))
+        driver.step()
+        if 1000 in driver.done:
+            break
+    assert 1000 in driver.done
+    assert i < 30
+
+
+def test_remove_in_every_state() -> None:
+    driver = Driver.make(slots=2, budget=8)
+    driver.add(request(1, prompt_len=20, max_new=5))
+    driver.add(request(2, prompt_len=4, max_new=5))
+    driver.add(request(3, prompt_len=4, max_new=5))
+    driver.step()
+    driver.drop(3)  # waiting
+    driver.drop(1)  # in the middle of its prompt
+    driver.step()
+    driver.drop(2)  # decoding
+    assert driver.memory.used == 0
+    assert not driver.scheduler.has_work
+
+
+def test_a_budget_that_running_sequences_would_use_up_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_step_tokens 4"):
+        Driver.make(slots=4, budget=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_interleaving_keeps_the_accounts_and_the_tokens(data: st.DataObject) -> None:
+    driver = Driver.make(
+        slots=data.draw(st.integers(1, 4)),
+        tokens=data.draw(st.integers(40, 120)),
+        budget=data.draw(st.integers(6, 40)),
+    )
+    adds: dict[int, Add] = {}
+    for number in range(data.draw(st.integers(1, 60))):
+        match data.draw(st.sampled_from(["add", "step", "step", "drop"])):
+            case "add":
+                add = request(
+                    number,
+                    prompt_len=data.draw(st.integers(1, 20)),
+                    max_new=data.draw(st.integers(1, 18)),
+                    arrival=driver.now,
+                )
+                adds[number] = add
+                driver.add(add)
+            case "step":
+                driver.step()
+            case "drop" if driver.live:
+                driver.drop(data.draw(st.sampled_from(sorted(driver.live))))
+    driver.run()
+    assert driver.memory.used == 0
+    for seq_id, (tokens, reason) in driver.done.items():
+        assert reason is FinishReason.MAX_TOKENS
+        assert tokens == continuation(adds[seq_id].token_ids, adds[seq_id].max_new_tokens)
