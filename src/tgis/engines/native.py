@@ -1,0 +1,123 @@
+"""The native engine: tgis's own networks on the CPU."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgis.engines.base import CacheShape, EngineCaps
+from tgis.engines.plan import Row, StepPlan, Want
+from tgis.errors import ConfigError
+from tgis.hub.safetensors import Progress, open_checkpoint
+from tgis.models.decoder import Decoder
+from tgis.models.families import read_spec
+from tgis.models.inputs import NewTokens
+from tgis.models.kv_cache import RowsCache
+from tgis.models.model_config import ModelConfig
+from tgis.models.parallel import Shard
+from tgis.models.rotary import rotary_table
+from tgis.models.spec import DecoderSpec, Rotary
+from tgis.models.weights import Weights
+from tgis.types import ModelKind
+
+
+def load(
+    model_dir: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> "NativeEngine":
+    """Load a decoder-only model of a known family.
+
+    Args:
+        model_dir: holds the safetensors files.
+        config: the model's `config.json`.
+        dtype: of weights, arithmetic and cache.
+        progress: told of bytes loaded and bytes in all.
+
+    Raises:
+        ModelError: the family or an option of it is not supported, or the files are wrong.
+    """
+    model_config = ModelConfig(config)
+    spec, names = read_spec(model_config)
+    checkpoint = open_checkpoint(model_dir, progress)
+    shard = Shard()
+    try:
+        weights = Weights(checkpoint, spec, names, shard, dtype)
+        return NativeEngine(Decoder(spec, names, weights, shard, dtype))
+    finally:
+        checkpoint.close()
+
+
+class NativeEngine:
+    """A decoder-only network and its key/value cache."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        spec = decoder.spec
+        self._decoder = decoder
+        self._cache: RowsCache | None = None
+        self._rotary: tuple[Tensor, Tensor] | None = None
+        self.caps = EngineCaps(
+            name="tgis_native",
+            kind=ModelKind.DECODER_ONLY,
+            kv_layout="rows",
+            chunked_prefill=True,
+            vocab_size=spec.vocab_size,
+            max_positions=spec.max_positions,
+            kv_bytes_per_token=_kv_bytes_per_token(spec, decoder.dtype),
+            dtype=str(decoder.dtype).removeprefix("torch."),
+        )
+
+    def allocate(self, shape: CacheShape) -> None:
+        """See `Engine.allocate`.
+
+        Raises:
+            ConfigError: slots of more tokens than the model has positions.
+        """
+        spec, limit = self._decoder.spec, self.caps.max_positions
+        if limit is not None and shape.slot_tokens > limit:
+            raise ConfigError(
+                f"sequences of {shape.slot_tokens} tokens are longer than the model's"
+                f" {limit} positions"
+            )
+        self._cache = RowsCache(
+            num_layers=spec.num_layers,
+            num_slots=shape.num_slots,
+            num_kv_heads=spec.num_kv_heads,
+            slot_tokens=shape.slot_tokens,
+            head_dim=spec.head_dim,
+            dtype=self._decoder.dtype,
+        )
+        if isinstance(spec.positions, Rotary):
+            self._rotary = rotary_table(spec.positions, shape.slot_tokens)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> Tensor:
+        """See `Engine.forward`."""
+        assert self._cache is not None, "allocate comes before forward"
+        for copy in plan.copies:
+            self._cache.copy(copy.source, copy.target, copy.num_tokens)
+        tokens = NewTokens()
+        for row in plan.rows:
+            tokens.add(row.slot, row.token_ids, row.start, _num_logits(row))
+        return self._decoder.forward(tokens.inputs(self._rotary), self._cache)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """See `Engine.release`."""
+        if self._cache is not None:
+            self._cache.release(slots)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._cache = None
+        self._rotary = None
+
+
+def _num_logits(row: Row) -> int:
+    return {Want.NOTHING: 0, Want.LAST: 1, Want.ALL: len(row.token_ids)}[row.want]
+
+
+def _kv_bytes_per_token(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize

@@ -1,0 +1,1 @@
+"""The native engine's networks: one decoder, families as tables over it."""

@@ -1,0 +1,192 @@
+"""The decoder-only network of every family, built from a `DecoderSpec`.
+
+A step runs over a flat batch of tokens [T, hidden], without padding. What a block adds to the
+residual stream is added by the norm that reads the stream next, in one pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tgis.models.attention.rows import RowsAttention, operators
+from tgis.models.families.base import TensorNames
+from tgis.models.inputs import StepInputs
+from tgis.models.kv_cache import LayerCache, RowsCache
+from tgis.models.parallel import Shard
+from tgis.models.spec import DecoderSpec, Learned, Topology
+from tgis.models.weights import NormWeights, Weights
+from tgis.quant.linear import Linear
+
+Norm = Callable[[Tensor, Tensor | None], Tensor]
+"""(stream, addition) -> norm of stream + addition, which the stream becomes (if it is not None)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One layer's parameters on this rank."""
+
+    attention_norm: Norm
+    qkv: Linear
+    attention: RowsAttention
+    attention_out: Linear
+    mlp_norm: Norm | None
+    mlp_in: Linear
+    activation: Callable[[Tensor], Tensor]
+    mlp_out: Linear
+    multiplier: float  # of what the block adds to the stream
+
+    def attend(self, x: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
+        """Attention, [T, hidden] -> [T, hidden]."""
+        return self._scaled(self.attention_out(self.attention(self.qkv(x), cache, inputs)))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The MLP, [T, hidden] -> [T, hidden]."""
+        return self._scaled(self.mlp_out(self.activation(self.mlp_in(x))))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.multiplier == 1.0 else x.mul_(self.multiplier)
+
+
+class Decoder:
+    """A loaded network: the parameters of one rank, and `forward`."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        names: TensorNames,
+        weights: Weights,
+        shard: Shard,
+        dtype: torch.dtype,
+    ) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        ops = operators(dtype)
+        self._embedding = weights.embedding()
+        self._positions = weights.positions()
+        self._embedding_norm = None
+        if spec.embedding_norm and names.embedding_norm is not None:
+            self._embedding_norm = _norm(ops, spec, weights.outer_norm(names.embedding_norm))
+        self._blocks = [
+            _load_block(spec, names, weights, shard, layer, dtype)
+            for layer in range(spec.num_layers)
+        ]
+        self._run_block = TOPOLOGIES[spec.topology]
+        self._final_norm = _norm(ops, spec, weights.outer_norm(names.final_norm))
+        self._head = weights.head(self._embedding)
+        weights.finish()
+
+    def forward(self, inputs: StepInputs, cache: RowsCache) -> Tensor:
+        """Compute one step and extend the cache.
+
+        Returns:
+            Logits after the tokens `inputs.logits_index`, float32 [N, vocab].
+        """
+        stream = self._embed(inputs)
+        addition: Tensor | None = None
+        for block, layer_cache in zip(self._blocks, cache.layers, strict=True):
+            addition = self._run_block(block, stream, addition, layer_cache, inputs)
+        return self._logits(stream, addition, inputs.logits_index)
+
+    def _embed(self, inputs: StepInputs) -> Tensor:
+        x = functional.embedding(inputs.token_ids, self._embedding)
+        if self.spec.embedding_multiplier != 1.0:
+            x.mul_(self.spec.embedding_multiplier)
+        if isinstance(self.spec.positions, Learned) and self._positions is not None:
+            rows = inputs.positions + self.spec.positions.offset
+            x += functional.embedding(rows, self._positions)
+        return x if self._embedding_norm is None else self._embedding_norm(x, None)
+
+    def _logits(self, stream: Tensor, addition: Tensor | None, index: Tensor) -> Tensor:
+        if not len(index):
+            return torch.empty(0, self.spec.vocab_size)
+        if len(index) < len(stream):
+            stream = stream.index_select(0, index)
+            addition = None if addition is None else addition.index_select(0, index)
+        logits = self._head(self._final_norm(stream, addition)).float()
+        if self.spec.logits_multiplier != 1.0:
+            logits.mul_(self.spec.logits_multiplier)
+        return logits
+
+
+def _sequential(
+    block: Block, stream: Tensor, addition: Tensor | None, cache: LayerCache, inputs: StepInputs
+) -> Tensor:
+    attended = block.attend(block.attention_norm(stream, addition), cache, inputs)
+    assert block.mlp_norm is not None
+    return block.mlp(block.mlp_norm(stream, attended))
+
+
+def _parallel(
+    block: Block, stream: Tensor, addition: Tensor | None, cache: LayerCache, inputs: StepInputs
+) -> Tensor:
+    attended = block.attend(block.attention_norm(stream, addition), cache, inputs)
+    assert block.mlp_norm is not None
+    return attended.add_(block.mlp(block.mlp_norm(stream, None)))
+
+
+def _shared(
+    block: Block, stream: Tensor, addition: Tensor | None, cache: LayerCache, inputs: StepInputs
+) -> Tensor:
+    x = block.attention_norm(stream, addition)
+    return block.attend(x, cache, inputs).add_(block.mlp(x))
+
+
+RunBlock = Callable[[Block, Tensor, Tensor | None, LayerCache, StepInputs], Tensor]
+
+TOPOLOGIES: dict[Topology, RunBlock] = {
+    "sequential": _sequential,
+    "parallel": _parallel,
+    "shared": _shared,
+}
+"""(block, stream, what the block before adds to it, ...) -> what this block adds to it."""
+
+
+def _load_block(
+    spec: DecoderSpec,
+    names: TensorNames,
+    weights: Weights,
+    shard: Shard,
+    layer: int,
+    dtype: torch.dtype,
+) -> Block:
+    ops = operators(dtype)
+    q_norm, k_norm = (weights.head_norm(layer, name) for name in (names.q_norm, names.k_norm))
+    mlp_norm = None
+    if names.mlp_norm is not None:
+        mlp_norm = _norm(ops, spec, weights.block_norm(layer, names.mlp_norm))
+    return Block(
+        attention_norm=_norm(ops, spec, weights.block_norm(layer, names.attention_norm)),
+        qkv=weights.qkv(layer),
+        attention=RowsAttention(spec, shard, layer, dtype, q_norm, k_norm),
+        attention_out=weights.attention_out(layer),
+        mlp_norm=mlp_norm,
+        mlp_in=weights.mlp_in(layer),
+        activation=_activation(ops, spec),
+        mlp_out=weights.mlp_out(layer),
+        multiplier=spec.residual_multiplier,
+    )
+
+
+def _norm(ops: ModuleType, spec: DecoderSpec, weights: NormWeights) -> Norm:
+    """The family's norm with these weights."""
+    operator: Callable[..., Tensor]
+    if spec.norm.kind == "rms":
+        operator = partial(ops.rms_norm, weight=weights.weight, eps=spec.norm.eps)
+    else:
+        operator = partial(ops.layer_norm, **weights._asdict(), eps=spec.norm.eps)
+
+    def norm(stream: Tensor, addition: Tensor | None) -> Tensor:
+        return operator(stream) if addition is None else operator(addition, residual=stream)
+
+    return norm
+
+
+def _activation(ops: ModuleType, spec: DecoderSpec) -> Callable[[Tensor], Tensor]:
+    """The MLP's activation, of the gate where there is one."""
+    operator: Callable[..., Tensor] = ops.act_mul if spec.gated_mlp else ops.act
+    return partial(operator, activation=spec.activation)

@@ -1,0 +1,90 @@
+"""LLaMA and those built like it: Mistral, Qwen2, Qwen3, Granite."""
+
+from dataclasses import replace
+
+from tgis.models.families.base import Family, SeparateQkv, TensorNames
+from tgis.models.families.common import ACTIVATIONS, heads, sliding_windows
+from tgis.models.model_config import ModelConfig
+from tgis.models.rotary import max_positions, read_rotary
+from tgis.models.spec import DecoderSpec, Norm
+
+NAMES = TensorNames(
+    embedding="model.embed_tokens",
+    block="model.layers.{}",
+    attention_norm="input_layernorm",
+    qkv=SeparateQkv("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attention_out="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+    mlp_out="mlp.down_proj",
+    final_norm="model.norm",
+    ignored=(r".*\.rotary_emb\.inv_freq",),
+)
+
+NAMES_WITH_QK_NORM = replace(NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+
+
+def read_llama(config: ModelConfig) -> DecoderSpec:
+    """What all of them share, and LLaMA itself."""
+    num_heads, num_kv_heads, head_dim = heads(config)
+    rotary = read_rotary(config, head_dim)
+    attention_bias = config.flag("attention_bias", default=False)
+    return DecoderSpec(
+        family="llama",
+        vocab_size=config.size("vocab_size"),
+        hidden_size=config.size("hidden_size"),
+        num_layers=config.size("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=config.size("intermediate_size"),
+        norm=Norm("rms", eps=config.number("rms_norm_eps", default=1e-6)),
+        positions=rotary,
+        max_positions=max_positions(rotary),
+        qkv_bias=attention_bias,
+        attention_out_bias=attention_bias,
+        activation=config.choice(ACTIVATIONS, "hidden_act", default="silu"),
+        mlp_bias=config.flag("mlp_bias", default=False),
+        tied_head=config.flag("tie_word_embeddings", default=False),
+    )
+
+
+def read_mistral(config: ModelConfig) -> DecoderSpec:
+    """Mistral: a sliding window in every layer, no biases."""
+    spec = replace(read_llama(config), family="mistral")
+    if not config.has("sliding_window"):
+        return spec
+    return replace(spec, windows=(config.size("sliding_window"),) * spec.num_layers)
+
+
+def read_qwen2(config: ModelConfig) -> DecoderSpec:
+    """Qwen2: biases on queries, keys and values only; a window in the later layers if asked for."""
+    spec = replace(read_llama(config), family="qwen2", attention_out_bias=False, qkv_bias=True)
+    return replace(spec, windows=sliding_windows(config, spec.num_layers))
+
+
+def read_qwen3(config: ModelConfig) -> DecoderSpec:
+    """Qwen3: RMS norms of query and key heads."""
+    spec = replace(read_llama(config), family="qwen3", qk_norm=True)
+    return replace(spec, windows=sliding_windows(config, spec.num_layers))
+
+
+def read_granite(config: ModelConfig) -> DecoderSpec:
+    """Granite: multipliers on embeddings, scores, residual additions and logits."""
+    return replace(
+        read_llama(config),
+        family="granite",
+        attention_scale=config.number("attention_multiplier", default=1.0),
+        embedding_multiplier=config.number("embedding_multiplier", default=1.0),
+        residual_multiplier=config.number("residual_multiplier", default=1.0),
+        logits_multiplier=1.0 / config.number("logits_scaling", default=1.0),
+    )
+
+
+FAMILIES = (
+    Family("llama", ("llama",), lambda config: (read_llama(config), NAMES)),
+    Family("mistral", ("mistral",), lambda config: (read_mistral(config), NAMES)),
+    Family("qwen2", ("qwen2",), lambda config: (read_qwen2(config), NAMES)),
+    Family("qwen3", ("qwen3",), lambda config: (read_qwen3(config), NAMES_WITH_QK_NORM)),
+    Family("granite", ("granite",), lambda config: (read_granite(config), NAMES)),
+)

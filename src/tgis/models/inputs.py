@@ -1,0 +1,71 @@
+"""What all layers of a step share, prepared once: which tokens, where they lie, what is wanted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """A flat batch of the T new tokens of S sequences; N rows of logits are wanted."""
+
+    token_ids: Tensor  # int32 [T]
+    positions: Tensor  # int32 [T]
+    token_slot: Tensor  # int32 [T]: slot of the token's sequence
+    slots: Tensor  # int32 [S]
+    q_start: Tensor  # int32 [S + 1]: sequence s owns tokens q_start[s] .. q_start[s + 1]
+    kv_len: Tensor  # int32 [S]: tokens of the sequence, those of this step included
+    logits_index: Tensor  # int64 [N]: the tokens after which logits are wanted
+    cos: Tensor | None  # float32 [T, rotary dim / 2]
+    sin: Tensor | None
+
+
+class NewTokens:
+    """Collects a step's tokens, sequence by sequence."""
+
+    def __init__(self) -> None:
+        self._token_ids: list[int] = []
+        self._positions: list[int] = []
+        self._token_slot: list[int] = []
+        self._slots: list[int] = []
+        self._q_start = [0]
+        self._kv_len: list[int] = []
+        self._logits_index: list[int] = []
+
+    def add(self, slot: int, token_ids: Sequence[int], start: int, num_logits: int) -> None:
+        """Tokens of one sequence at positions `start`, ...; logits after the last `num_logits`."""
+        num_tokens = len(token_ids)
+        self._token_ids += token_ids
+        self._positions += range(start, start + num_tokens)
+        self._token_slot += [slot] * num_tokens
+        self._slots.append(slot)
+        end = self._q_start[-1] + num_tokens
+        self._q_start.append(end)
+        self._kv_len.append(start + num_tokens)
+        self._logits_index += range(end - num_logits, end)
+
+    def inputs(self, rotary: tuple[Tensor, Tensor] | None) -> StepInputs:
+        """The tensors of the step.
+
+        Args:
+            rotary: cosine and sine of all positions, as `rotary.rotary_table` makes them.
+        """
+        positions = _int32(self._positions)
+        cos, sin = (t.index_select(0, positions) for t in rotary) if rotary else (None, None)
+        return StepInputs(
+            token_ids=_int32(self._token_ids),
+            positions=positions,
+            token_slot=_int32(self._token_slot),
+            slots=_int32(self._slots),
+            q_start=_int32(self._q_start),
+            kv_len=_int32(self._kv_len),
+            logits_index=torch.tensor(self._logits_index, dtype=torch.int64),
+            cos=cos,
+            sin=sin,
+        )
+
+
+def _int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

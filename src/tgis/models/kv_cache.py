@@ -1,0 +1,88 @@
+"""Keys and values of all sequences, in rows (the layout for CPUs).
+
+Per layer two tensors [num_slots, kv_heads, slot_tokens, head_dim]: in one slot, each head's tokens
+lie side by side, so that attention reads them where they are. The memory is one anonymous mapping a
+layer, which the operating system commits page by page as it is written; slots may therefore be as
+long and as many as address space allows, and a released slot gives its pages back.
+"""
+
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tgis.errors import ModelError
+
+_NORESERVE = 0x4000  # MAP_NORESERVE of Linux; Python names it from 3.13 on
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCache:
+    """One layer's keys and values, each [num_slots, kv_heads, slot_tokens, head_dim]."""
+
+    k: Tensor
+    v: Tensor
+    memory: mmap.mmap
+
+
+class RowsCache:
+    """The cache of a network.
+
+    Args:
+        num_slots: sequences that can have a slot at a time.
+        slot_tokens: tokens that a slot must hold; rounded up so that heads begin on pages.
+
+    Raises:
+        ModelError: the address space does not suffice.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        slot_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        token_bytes = head_dim * dtype.itemsize
+        while slot_tokens * token_bytes % mmap.PAGESIZE:
+            slot_tokens += 1
+        self._slot_bytes = num_kv_heads * slot_tokens * token_bytes
+        self._num_slots = num_slots
+        shape = (2, num_slots, num_kv_heads, slot_tokens, head_dim)
+        self.slot_tokens = slot_tokens
+        self.layers = [_layer(shape, dtype) for _ in range(num_layers)]
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first tokens of one slot to another."""
+        for layer in self.layers:
+            for cache in (layer.k, layer.v):
+                cache[target, :, :num_tokens] = cache[source, :, :num_tokens]
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Give the pages of these slots back to the operating system; they read as zeros then."""
+        values = self._num_slots * self._slot_bytes
+        for slot in slots:
+            for layer in self.layers:
+                for start in (slot * self._slot_bytes, values + slot * self._slot_bytes):
+                    layer.memory.madvise(mmap.MADV_DONTNEED, start, self._slot_bytes)
+
+
+def _layer(shape: tuple[int, ...], dtype: torch.dtype) -> LayerCache:
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+    try:
+        memory = mmap.mmap(-1, size, flags=flags)
+    except (OSError, OverflowError, ValueError) as error:
+        raise ModelError(
+            f"no address space for a key/value cache of {size} bytes a layer: {error}"
+        ) from None
+    # Huge pages would commit 2 MB for the first token of a head.
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    keys, values = torch.frombuffer(memory, dtype=dtype).view(shape).unbind()
+    return LayerCache(keys, values, memory)

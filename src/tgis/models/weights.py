@@ -1,0 +1,184 @@
+"""A rank's parameters, loaded from a checkpoint by a family's names.
+
+How each splits over ranks: queries, keys, values and the MLP's inputs by output feature; the
+outputs of attention and MLP by input feature (their sums are completed over the ranks, rank 0 adds
+the bias); embeddings and head by vocabulary row; norms and position tables are whole everywhere.
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgis.errors import ModelError
+from tgis.hub.safetensors import Checkpoint
+from tgis.models.families.base import TensorNames
+from tgis.models.parallel import Shard, Span
+from tgis.models.qkv import qkv_rows
+from tgis.models.spec import DecoderSpec, Learned
+from tgis.quant.linear import Linear, LinearSource, Piece, load_linear, make_linear
+
+
+class NormWeights(NamedTuple):
+    """Weight [n] and bias [n]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Weights:
+    """Loads one parameter after the other; memory holds one of them twice at most.
+
+    Args:
+        dtype: of everything that is loaded.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: DecoderSpec,
+        names: TensorNames,
+        shard: Shard,
+        dtype: torch.dtype,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._spec = spec
+        self._names = names
+        self._shard = shard
+        self._dtype = dtype
+        self._prefix = self._find_prefix()
+
+    def embedding(self) -> Tensor:
+        """Token embeddings [vocab rows of this rank, hidden]."""
+        return self._table(self._embedding_name(), self._shard.blocks(self._spec.vocab_size))
+
+    def positions(self) -> Tensor | None:
+        """Position embeddings [positions, hidden], where the family has them."""
+        learned = self._spec.positions
+        if not isinstance(learned, Learned) or self._spec.max_positions is None:
+            return None
+        rows = self._spec.max_positions + learned.offset
+        assert self._names.positions is not None
+        name = self._prefix + self._names.positions
+        return self._vector(f"{name}.weight", (rows, self._spec.hidden_size))
+
+    def head(self, embedding: Tensor) -> Linear:
+        """hidden -> logits of this rank's vocabulary rows; the embeddings' weight where tied."""
+        name, spec = self._names.head, self._spec
+        if spec.tied_head and f"{name}.weight" not in self._checkpoint:
+            return make_linear(embedding)
+        shape = (spec.vocab_size, spec.hidden_size)
+        rows = self._shard.blocks(spec.vocab_size)
+        piece = Piece(name, shape, (rows,), (0, spec.hidden_size))
+        return self._linear((piece,), spec.head_bias)
+
+    def norm(self, name: str, size: int, bias: bool | None = None) -> NormWeights:
+        """A norm's weight and, if the family's norms have one, bias."""
+        has_bias = self._spec.norm.bias if bias is None else bias
+        weight = self._vector(f"{name}.weight", (size,))
+        if self._spec.norm.weight_offset:
+            weight += self._spec.norm.weight_offset
+        return NormWeights(weight, self._vector(f"{name}.bias", (size,)) if has_bias else None)
+
+    def outer_norm(self, name: str) -> NormWeights:
+        """A norm outside the blocks."""
+        return self.norm(self._prefix + name, self._spec.hidden_size)
+
+    def block_norm(self, layer: int, name: str) -> NormWeights:
+        """A norm of a block's input."""
+        return self.norm(self._block(layer, name), self._spec.hidden_size)
+
+    def head_norm(self, layer: int, name: str | None) -> Tensor | None:
+        """A norm of query or key heads."""
+        if not self._spec.qk_norm or name is None:
+            return None
+        return self.norm(self._block(layer, name), self._spec.head_dim, bias=False).weight
+
+    def qkv(self, layer: int) -> Linear:
+        """hidden -> this rank's query heads, its key heads, its value heads."""
+        spec, block = self._spec, self._block(layer)
+        pieces = tuple(
+            self._piece(block + name, (num_rows, spec.hidden_size), rows, (0, spec.hidden_size))
+            for name, num_rows, rows in qkv_rows(spec, self._names.qkv, self._shard)
+        )
+        return self._linear(pieces, spec.qkv_bias)
+
+    def attention_out(self, layer: int) -> Linear:
+        """This rank's heads -> its part of the sum over ranks."""
+        first, last = self._shard.query_heads(self._spec)
+        head_dim = self._spec.head_dim
+        columns = (first * head_dim, last * head_dim)
+        name = self._block(layer, self._names.attention_out)
+        in_features = self._spec.num_heads * head_dim
+        return self._sum(name, in_features, columns, self._spec.attention_out_bias)
+
+    def mlp_in(self, layer: int) -> Linear:
+        """hidden -> this rank's part of the gate (where there is one) and of the inner values."""
+        spec = self._spec
+        rows = self._shard.even(spec.intermediate_size, "intermediate_size")
+        shape = (spec.intermediate_size, spec.hidden_size)
+        pieces = tuple(
+            self._piece(self._block(layer, name), shape, (rows,), (0, spec.hidden_size))
+            for name in self._names.mlp_in
+        )
+        return self._linear(pieces, spec.mlp_bias)
+
+    def mlp_out(self, layer: int) -> Linear:
+        """This rank's inner values -> its part of the sum over ranks."""
+        total = self._spec.intermediate_size
+        columns = self._shard.even(total, "intermediate_size")
+        name = self._block(layer, self._names.mlp_out)
+        return self._sum(name, total, columns, self._spec.mlp_bias)
+
+    def finish(self) -> None:
+        """Check that nothing is left over.
+
+        Raises:
+            ModelError: the checkpoint has tensors that the network does not.
+        """
+        ignored = re.compile("|".join(self._names.ignored) or "(?!)")
+        extra = [name for name in self._checkpoint.untaken() if not ignored.fullmatch(name)]
+        if extra:
+            shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
+            raise ModelError(
+                f"{len(extra)} tensors of the checkpoint have no place in a {self._spec.family}"
+                f" network of this config.json: {shown}"
+            )
+
+    def _find_prefix(self) -> str:
+        names = self._names
+        found = (p for p in names.prefixes if f"{p}{names.embedding}.weight" in self._checkpoint)
+        return next(found, names.prefixes[0])
+
+    def _embedding_name(self) -> str:
+        name, head = f"{self._prefix}{self._names.embedding}.weight", f"{self._names.head}.weight"
+        swap = self._spec.tied_head and name not in self._checkpoint and head in self._checkpoint
+        return head if swap else name
+
+    def _block(self, layer: int, name: str = "") -> str:
+        return f"{self._prefix}{self._names.block.format(layer)}.{name}"
+
+    def _table(self, name: str, rows: Span) -> Tensor:
+        shape = (self._spec.vocab_size, self._spec.hidden_size)
+        with self._checkpoint.tensor(name, shape) as stored:
+            return stored[slice(*rows)].to(self._dtype, copy=True)
+
+    def _vector(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        with self._checkpoint.tensor(name, shape) as stored:
+            return stored.to(self._dtype, copy=True)
+
+    def _sum(self, name: str, in_features: int, columns: Span, bias: bool) -> Linear:
+        """A layer whose outputs are sums over the ranks."""
+        hidden = self._spec.hidden_size
+        piece = self._piece(name, (hidden, in_features), ((0, hidden),), columns)
+        return self._linear((piece,), bias, adds_bias=self._shard.rank == 0)
+
+    def _piece(
+        self, name: str, shape: tuple[int, int], rows: tuple[Span, ...], columns: Span
+    ) -> Piece:
+        return Piece(name, shape, rows, columns, transposed=self._names.transposed)
+
+    def _linear(self, pieces: tuple[Piece, ...], bias: bool, adds_bias: bool = True) -> Linear:
+        source = LinearSource(pieces, has_bias=bias, adds_bias=adds_bias)
+        return load_linear(self._checkpoint, source, self._dtype)

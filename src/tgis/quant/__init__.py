@@ -1,0 +1,1 @@
+"""Linear layers: the format of a weight decides its layer."""
