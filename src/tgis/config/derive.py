@@ -6,8 +6,11 @@ from typing import Any
 
 import msgspec
 
+from tgis.config.fields import FIELDS, place
 from tgis.config.service import Note
 from tgis.errors import ConfigError
+
+_PORTS = ("port", "grpc_port")
 
 
 class Draft(msgspec.Struct):
@@ -21,6 +24,13 @@ class Draft(msgspec.Struct):
     def get(self, name: str) -> Any:
         """The value that was given, or None."""
         return self.values.get(name)
+
+    def where(self, name: str) -> str:
+        """How a message about a setting begins; its default counts as given."""
+        field = FIELDS[name]
+        value = self.values.get(name, field.default)
+        text = str(value).lower() if field.is_bool else str(value)
+        return place(field, text, self.origins.get(name, ""))
 
     def warn(self, text: str) -> None:
         """Leave a warning for the log."""
@@ -108,10 +118,103 @@ def _log_format(draft: Draft) -> None:
     if not draft.get("json_output"):
         return
     if draft.get("log_format") == "text":
-        json_output, log_format = draft.origins["json_output"], draft.origins["log_format"]
+        both = f"{draft.where('json_output')} and {draft.where('log_format')}"
+        raise ConfigError(f"{both}: contradict each other; set one of them")
+    draft.values["log_format"] = "json"
+    draft.origins["log_format"] = draft.origins["json_output"]
+
+
+def _tls(draft: Draft) -> None:
+    cert, key = draft.get("tls_cert_path"), draft.get("tls_key_path")
+    if bool(cert) != bool(key):
+        given, missing = ("cert", "key") if cert else ("key", "cert")
         raise ConfigError(
-            f"{json_output}=true and {log_format}=text: contradict each other; set one of them"
+            f"{draft.where(f'tls_{given}_path')}: tls: must provide both cert and key;"
+            f" set --tls-{missing}-path too"
         )
+    if draft.get("tls_client_ca_cert_path") and not cert:
+        raise ConfigError(
+            f"{draft.where('tls_client_ca_cert_path')}: tls: cannot provide client ca cert without"
+            " keypair; set --tls-cert-path and --tls-key-path too"
+        )
+
+
+def _ports(draft: Draft) -> None:
+    port, grpc_port = (draft.values.get(name, FIELDS[name].default) for name in _PORTS)
+    if port == grpc_port != 0:
+        both = " and ".join(map(draft.where, _PORTS))
+        raise ConfigError(f"{both}: cannot be the same; choose another for one")
+
+
+RULES:
+        rule(draft)
+
+
+def _hub_cache(draft: Draft) -> None:
+    """TGIS: the first of the three variables, else $HF_HOME/hub, else ~/.cache/huggingface/hub."""
+    home = draft.env("HOME")
+    if "hf_hub_cache" not in draft.origins:
+        base = draft.env("HF_HOME") or (home and path.join(home, ".cache", "huggingface"))
+        draft.values["hf_hub_cache"] = path.join(base, "hub") if base else ""
+        if base:
+            draft.origins["hf_hub_cache"] = "HF_HOME" if draft.env("HF_HOME") else "HOME"
+    cache = draft.values["hf_hub_cache"]
+    if home and cache.startswith("~/"):
+        draft.values["hf_hub_cache"] = path.join(home, cache[2:])
+    for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if draft.env(variable) and draft.origins.get("hf_hub_cache") != variable:
+            draft.warn(
+                f"{variable} is deprecated and should not be used. Use HF_HUB_CACHE instead."
+            )
+
+
+def _num_shard(draft: Draft) -> None:
+    """TGIS: counted from the visible devices where it is not given."""
+    if "num_shard" not in draft.origins:
+        for variable in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+            if variable in draft.environ:
+                shards = len(draft.environ[variable].split(","))
+                draft.inform(
+                    f"Inferring num_shard = {shards} from"
+                    " CUDA_VISIBLE_DEVICES/NVIDIA_VISIBLE_DEVICES"
+                )
+                draft.values["num_shard"] = shards
+                draft.origins["num_shard"] = variable
+                break
+        else:
+            draft.inform("Defaulting num_shard to 1")
+    if (shards := draft.values.get("num_shard", 1)) > 1:
+        draft.warn(f"num_shard is {shards}, but this version computes in one process.")
+
+
+def _framework(draft: Draft) -> None:
+    engine = draft.get("deployment_framework")
+    if engine == "hf_custom_tp":
+        draft.warn(
+            'The "hf_custom_tp" deployment engine name is deprecated, please use "tgis_native"'
+        )
+        draft.values["deployment_framework"] = "tgis_native"
+    reasons = {
+        "PAGED_ATTENTION is enabled": draft.get("paged_attention"),
+        "FLASH_ATTENTION is enabled": draft.get("flash_attention"),
+    }
+    for reason, holds in reasons.items():
+        if holds and draft.get("deployment_framework") != "tgis_native":
+            asked = draft.get("deployment_framework")
+            if asked:
+                draft.warn(
+                    f"Using deployment engine tgis_native rather than {asked} because {reason}"
+                )
+            draft.values["deployment_framework"] = "tgis_native"
+            draft.origins["deployment_framework"] = reason.split()[0]
+
+
+def _log_format(draft: Draft) -> None:
+    if not draft.get("json_output"):
+        return
+    if draft.get("log_format") == "text":
+        both = f"{draft.where('json_output')} and {draft.where('log_format')}"
+        raise ConfigError(f"{both}: contradict each other; set one of them")
     draft.values["log_format"] = "json"
     draft.origins["log_format"] = draft.origins["json_output"]
 

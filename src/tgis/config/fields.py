@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from tgis.config.ignored import IGNORED
 from tgis.config.service import Config
-from tgis.config.setting import Kind, Setting, setting_kind
+from tgis.config.setting import Kind, Setting, one_line, setting_kind
 
 _NOT_SETTINGS = ("origins", "notes")
 NOTHING = "Accepted without any effect"
@@ -38,6 +38,15 @@ def flag_of(name: str) -> str:
 def variable_of(name: str) -> str:
     """The environment variable of a setting or alias."""
     return name.upper()
+
+
+def place(field: Field, text: str, origin: str) -> str:
+    """How a message begins: flag and value, and the environment variable if it was one."""
+    text = one_line(text)
+    if origin.startswith("-") or (field.setting.env_only and origin):
+        return f"{origin}={text}"
+    source = f" (environment variable {origin})" if origin else ""
+    return f"{flag_of(field.name)}={text}{source}"
 
 
 def _config_fields() -> list[Field]:

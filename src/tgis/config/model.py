@@ -102,11 +102,12 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Setting(
             MODEL,
-            "directory of the Hugging Face cache; else $HF_HOME/hub, ~/.cache/huggingface/hub",
+            "directory of the Hugging Face cache",
             aliases=dict.fromkeys(
                 ("transformers_cache", "huggingface_hub_cache"),
                 "{b} and {a} env vars can't be set to different values",
             ),
+            unset="$HF_HOME/hub, else ~/.cache/huggingface/hub",
             env_only=True,
         ),
     ] = ""

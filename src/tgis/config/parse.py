@@ -4,10 +4,10 @@ A flag beats the environment; an empty environment variable is not set.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tgis.config.derive import Draft, complete
-from tgis.config.fields import FIELDS, IGNORED_FIELDS, Field, flag_of, variable_of
+from tgis.config.fields import FIELDS, IGNORED_FIELDS, Field, flag_of, place, variable_of
 from tgis.config.service import Config, Note
 from tgis.config.setting import BOOLEANS, one_line
 from tgis.errors import ConfigError
@@ -34,11 +34,8 @@ class Given(NamedTuple):
     origin: str  # "--port", "PORT"
 
     def where(self, field: Field) -> str:
-        """How a message begins: the flag and its value, and the variable if it was one."""
-        if self.origin.startswith("-") or field.setting.env_only:
-            return f"{self.origin}={one_line(self.text)}"
-        flag = f"{flag_of(field.name)}={one_line(self.text)}"
-        return f"{flag} (environment variable {self.origin})"
+        """How a message about it begins."""
+        return place(field, self.text, self.origin)
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str], program: Program = SERVE) -> Config:
@@ -145,7 +142,7 @@ def _flag(
 def _unknown(flag: str, table: dict[str, tuple[Field, str]]) -> str:
     from difflib import get_close_matches  # costs 5 ms that only an error should pay
 
-    close = get_close_matches(flag, table, n=1, cutoff=0.5)
+    close = get_close_matches(flag, table, n=1, cutoff=0.7)
     hint = f"did you mean {close[0]}?" if close else "--help lists all settings"
     return f"{one_line(flag)}: unknown setting; {hint}"
 
@@ -179,13 +176,13 @@ def _read(
 
 def _value(field: Field, given: Given) -> Any:
     where, check = given.where(field), field.setting.check
-    if field.setting.not_yet:
-        raise ConfigError(f"{where}: {field.setting.not_yet}; leave it unset")
     try:
         value = field.kind.read(given.text)
     except (ValueError, KeyError, IndexError):
         text = field.kind.text.format(v=one_line(given.text))
         raise ConfigError(f"{where}: {text}; expected {field.rule}") from None
+    if field.setting.not_yet and value:
+        raise ConfigError(f"{where}: {field.setting.not_yet}; leave it unset")
     if check and value is not None and not check.holds(value):
         text = check.text.format(v=one_line(given.text))
         raise ConfigError(f"{where}: {text}; expected {check.rule}")
@@ -202,4 +199,7 @@ def _ignored(field: Field, given: Given) -> Note:
     """The line about a setting that changes nothing."""
     text = f"{given.origin} is set to {one_line(given.text)} but this parameter will be ignored."
     reason = field.setting.no_effect
-    return Note("warning", f"{text} Reason: {reason}." if reason else text)
+    if not reason:
+        return Note("warning", text)
+    level: Literal["info", "warning"] = "warning" if field.name in FIELDS else "info"
+    return Note(level, f"{text} Reason: {reason}.")

@@ -204,11 +204,19 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
 
     hang_timeout: Annotated[
         float,
-        Setting(LIFE, "seconds without a sign of life until the core is restarted", check=SECONDS),
+        Setting(
+            LIFE,
+            "seconds without a sign of life after which the core is replaced",
+            check=between(1, 86400, noun="a number of seconds"),
+        ),
     ] = 5.0
     drain_timeout: Annotated[
         float,
-        Setting(LIFE, "seconds that running requests get to finish at shutdown", check=SECONDS),
+        Setting(
+            LIFE,
+            "seconds that running requests get to finish at shutdown",
+            check=between(0, 86400, noun="a number of seconds"),
+        ),
     ] = 60.0
     termination_log: Annotated[
         str,

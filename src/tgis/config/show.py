@@ -76,13 +76,17 @@ def _row(names: str, text: str) -> str:
 
 
 def _default(field: Field, default: Any) -> str:
-    return field.setting.unset if default is None else _value(default, field)
+    return field.setting.unset if _is_unset(default) else _value(default, field)
 
 
 def _value(value: Any, field: Field) -> str:
-    if value is None:
+    if _is_unset(value):
         return f"({field.setting.unset})"
-    return str(value).lower() if isinstance(value, bool) else str(value) or "''"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or value == ""
 
 
 def _names(field: Field) -> str:
@@ -94,9 +98,7 @@ def _names(field: Field) -> str:
 
 def _reference_row(field: Field) -> str:
     setting = field.setting
-    remark = (
-        f". {setting.no_effect or setting.not_yet}" if setting.no_effect or setting.not_yet else ""
-    )
+    meaning = "; ".join(filter(None, (setting.help, setting.no_effect, setting.not_yet)))
     default = _default(field, field.default)
-    default = default if field.default is None else f"`{default}`"
-    return f"| {_names(field)} | {default} | {field.rule} | {remark} |"
+    default = default if _is_unset(field.default) else f"`{default}`"
+    return f"| {_names(field)} | {default} | {field.rule} | {meaning} |"
