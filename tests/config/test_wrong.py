@@ -1,6 +1,6 @@
 import pytest
-
 from tests.config.wrong import WRONG, Wrong
+
 from tgis.config import LAUNCHER, SERVE, parse
 from tgis.errors import ConfigError
 

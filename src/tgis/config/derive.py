@@ -1,6 +1,6 @@
 """What follows from several settings together: contradictions, deprecations, inferred values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import path
 from typing import Any
 
@@ -10,6 +10,8 @@ from tgis.config.fields import FIELDS, place
 from tgis.config.service import Note
 from tgis.errors import ConfigError
 
+_DEVICE_LISTS = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+_OLD_CACHES = ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE")
 _PORTS = ("port", "grpc_port")
 
 
@@ -24,6 +26,15 @@ class Draft(msgspec.Struct):
     def get(self, name: str) -> Any:
         """The value that was given, or None."""
         return self.values.get(name)
+
+    def put(self, name: str, value: Any, origin: str) -> None:
+        """Set a value that follows from `origin`."""
+        self.values[name] = value
+        self.origins[name] = origin
+
+    def env(self, variable: str) -> str:
+        """An environment variable, "" where it is not set."""
+        return self.environ.get(variable, "").strip()
 
     def where(self, name: str) -> str:
         """How a message about a setting begins; its default counts as given."""
@@ -40,10 +51,6 @@ class Draft(msgspec.Struct):
         """Leave a line for the log."""
         self.notes.append(Note("info", text))
 
-    def env(self, variable: str) -> str:
-        """An environment variable, "" where it is not set."""
-        return self.environ.get(variable, "").strip()
-
 
 def complete(draft: Draft) -> None:
     """Apply all rules in order.
@@ -51,23 +58,22 @@ def complete(draft: Draft) -> None:
     Raises:
         ConfigError: two settings contradict each other.
     """
-    for rule in RULES:
+    for rule in (_hub_cache, _num_shard, _framework, _log_format, _tls, _ports):
         rule(draft)
 
 
 def _hub_cache(draft: Draft) -> None:
     """TGIS: the first of the three variables, else $HF_HOME/hub, else ~/.cache/huggingface/hub."""
-    home = draft.env("HOME")
-    if "hf_hub_cache" not in draft.origins:
-        base = draft.env("HF_HOME") or (home and path.join(home, ".cache", "huggingface"))
-        draft.values["hf_hub_cache"] = path.join(base, "hub") if base else ""
-        if base:
-            draft.origins["hf_hub_cache"] = "HF_HOME" if draft.env("HF_HOME") else "HOME"
-    cache = draft.values["hf_hub_cache"]
+    home, hf_home = draft.env("HOME"), draft.env("HF_HOME")
+    if draft.get("hf_hub_cache") is None and hf_home:
+        draft.put("hf_hub_cache", path.join(hf_home, "hub"), "HF_HOME")
+    elif draft.get("hf_hub_cache") is None and home:
+        draft.put("hf_hub_cache", path.join(home, ".cache", "huggingface", "hub"), "HOME")
+    cache = draft.get("hf_hub_cache") or ""
     if home and cache.startswith("~/"):
         draft.values["hf_hub_cache"] = path.join(home, cache[2:])
-    for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if draft.env(variable) and draft.origins.get("hf_hub_cache") != variable:
+    for variable in _OLD_CACHES:
+        if draft.env(variable) and draft.origins["hf_hub_cache"] != variable:
             draft.warn(
                 f"{variable} is deprecated and should not be used. Use HF_HUB_CACHE instead."
             )
@@ -75,43 +81,38 @@ def _hub_cache(draft: Draft) -> None:
 
 def _num_shard(draft: Draft) -> None:
     """TGIS: counted from the visible devices where it is not given."""
-    if "num_shard" not in draft.origins:
-        for variable in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
-            if variable in draft.environ:
-                shards = len(draft.environ[variable].split(","))
-                draft.inform(
-                    f"Inferring num_shard = {shards} from"
-                    " CUDA_VISIBLE_DEVICES/NVIDIA_VISIBLE_DEVICES"
-                )
-                draft.values["num_shard"] = shards
-                draft.origins["num_shard"] = variable
-                break
-        else:
-            draft.inform("Defaulting num_shard to 1")
-    if (shards := draft.values.get("num_shard", 1)) > 1:
+    if draft.get("num_shard") is None:
+        _count_devices(draft)
+    if (shards := draft.get("num_shard") or 1) > 1:
         draft.warn(f"num_shard is {shards}, but this version computes in one process.")
 
 
+def _count_devices(draft: Draft) -> None:
+    for variable in _DEVICE_LISTS:
+        if variable in draft.environ:
+            shards = len(draft.environ[variable].split(","))
+            draft.inform(f"Inferring num_shard = {shards} from {'/'.join(_DEVICE_LISTS)}")
+            draft.put("num_shard", shards, variable)
+            return
+    draft.inform("Defaulting num_shard to 1")
+
+
 def _framework(draft: Draft) -> None:
-    engine = draft.get("deployment_framework")
-    if engine == "hf_custom_tp":
+    native = "tgis_native"
+    if draft.get("deployment_framework") == "hf_custom_tp":
         draft.warn(
             'The "hf_custom_tp" deployment engine name is deprecated, please use "tgis_native"'
         )
-        draft.values["deployment_framework"] = "tgis_native"
-    reasons = {
-        "PAGED_ATTENTION is enabled": draft.get("paged_attention"),
-        "FLASH_ATTENTION is enabled": draft.get("flash_attention"),
-    }
-    for reason, holds in reasons.items():
-        if holds and draft.get("deployment_framework") != "tgis_native":
-            asked = draft.get("deployment_framework")
+        draft.values["deployment_framework"] = native
+    for switch in ("paged_attention", "flash_attention"):
+        asked = draft.get("deployment_framework")
+        if draft.get(switch) and asked != native:
             if asked:
                 draft.warn(
-                    f"Using deployment engine tgis_native rather than {asked} because {reason}"
+                    f"Using deployment engine {native} rather than {asked} because"
+                    f" {switch.upper()} is enabled"
                 )
-            draft.values["deployment_framework"] = "tgis_native"
-            draft.origins["deployment_framework"] = reason.split()[0]
+            draft.put("deployment_framework", native, draft.origins[switch])
 
 
 def _log_format(draft: Draft) -> None:
@@ -120,8 +121,7 @@ def _log_format(draft: Draft) -> None:
     if draft.get("log_format") == "text":
         both = f"{draft.where('json_output')} and {draft.where('log_format')}"
         raise ConfigError(f"{both}: contradict each other; set one of them")
-    draft.values["log_format"] = "json"
-    draft.origins["log_format"] = draft.origins["json_output"]
+    draft.put("log_format", "json", draft.origins["json_output"])
 
 
 def _tls(draft: Draft) -> None:
@@ -144,110 +144,3 @@ def _ports(draft: Draft) -> None:
     if port == grpc_port != 0:
         both = " and ".join(map(draft.where, _PORTS))
         raise ConfigError(f"{both}: cannot be the same; choose another for one")
-
-
-RULES:
-        rule(draft)
-
-
-def _hub_cache(draft: Draft) -> None:
-    """TGIS: the first of the three variables, else $HF_HOME/hub, else ~/.cache/huggingface/hub."""
-    home = draft.env("HOME")
-    if "hf_hub_cache" not in draft.origins:
-        base = draft.env("HF_HOME") or (home and path.join(home, ".cache", "huggingface"))
-        draft.values["hf_hub_cache"] = path.join(base, "hub") if base else ""
-        if base:
-            draft.origins["hf_hub_cache"] = "HF_HOME" if draft.env("HF_HOME") else "HOME"
-    cache = draft.values["hf_hub_cache"]
-    if home and cache.startswith("~/"):
-        draft.values["hf_hub_cache"] = path.join(home, cache[2:])
-    for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if draft.env(variable) and draft.origins.get("hf_hub_cache") != variable:
-            draft.warn(
-                f"{variable} is deprecated and should not be used. Use HF_HUB_CACHE instead."
-            )
-
-
-def _num_shard(draft: Draft) -> None:
-    """TGIS: counted from the visible devices where it is not given."""
-    if "num_shard" not in draft.origins:
-        for variable in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
-            if variable in draft.environ:
-                shards = len(draft.environ[variable].split(","))
-                draft.inform(
-                    f"Inferring num_shard = {shards} from"
-                    " CUDA_VISIBLE_DEVICES/NVIDIA_VISIBLE_DEVICES"
-                )
-                draft.values["num_shard"] = shards
-                draft.origins["num_shard"] = variable
-                break
-        else:
-            draft.inform("Defaulting num_shard to 1")
-    if (shards := draft.values.get("num_shard", 1)) > 1:
-        draft.warn(f"num_shard is {shards}, but this version computes in one process.")
-
-
-def _framework(draft: Draft) -> None:
-    engine = draft.get("deployment_framework")
-    if engine == "hf_custom_tp":
-        draft.warn(
-            'The "hf_custom_tp" deployment engine name is deprecated, please use "tgis_native"'
-        )
-        draft.values["deployment_framework"] = "tgis_native"
-    reasons = {
-        "PAGED_ATTENTION is enabled": draft.get("paged_attention"),
-        "FLASH_ATTENTION is enabled": draft.get("flash_attention"),
-    }
-    for reason, holds in reasons.items():
-        if holds and draft.get("deployment_framework") != "tgis_native":
-            asked = draft.get("deployment_framework")
-            if asked:
-                draft.warn(
-                    f"Using deployment engine tgis_native rather than {asked} because {reason}"
-                )
-            draft.values["deployment_framework"] = "tgis_native"
-            draft.origins["deployment_framework"] = reason.split()[0]
-
-
-def _log_format(draft: Draft) -> None:
-    if not draft.get("json_output"):
-        return
-    if draft.get("log_format") == "text":
-        both = f"{draft.where('json_output')} and {draft.where('log_format')}"
-        raise ConfigError(f"{both}: contradict each other; set one of them")
-    draft.values["log_format"] = "json"
-    draft.origins["log_format"] = draft.origins["json_output"]
-
-
-def _tls(draft: Draft) -> None:
-    cert, key = draft.get("tls_cert_path"), draft.get("tls_key_path")
-    if bool(cert) != bool(key):
-        given, missing = ("cert", "key") if cert else ("key", "cert")
-        raise ConfigError(
-            f"{draft.origins[f'tls_{given}_path']}={cert or key}: tls: must provide both cert and"
-            f" key; set --tls-{missing}-path too"
-        )
-    authorities = draft.get("tls_client_ca_cert_path")
-    if authorities and not cert:
-        raise ConfigError(
-            f"{draft.origins['tls_client_ca_cert_path']}={authorities}: tls: cannot provide client"
-            " ca cert without keypair; set --tls-cert-path and --tls-key-path too"
-        )
-
-
-def _ports(draft: Draft) -> None:
-    port, grpc_port = draft.values.get("port", 3000), draft.values.get("grpc_port", 8033)
-    if port == grpc_port != 0:
-        raise ConfigError(
-            f"--port={port} and --grpc-port={grpc_port}: cannot be the same; choose another for one"
-        )
-
-
-RULES: tuple[Callable[[Draft], None], ...] = (
-    _hub_cache,
-    _num_shard,
-    _framework,
-    _log_format,
-    _tls,
-    _ports,
-)
