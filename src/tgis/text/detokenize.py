@@ -112,6 +112,8 @@ def _rules(tokenizer: tokenizers.Tokenizer, causal: bool, table: MakeTable) -> _
         return _undecoded(causal, table)
     decode: Decode = decoder.decode
     steps = _steps(json.loads(decoder.__getstate__()))
+    while len(steps) > 1 and steps[-1]["type"] == "Fuse":  # what comes out is joined anyway
+        steps.pop()
     match [step["type"] for step in steps]:
         case ["ByteLevel"]:
             return _byte_level(decode, table)
@@ -121,9 +123,8 @@ def _rules(tokenizer: tokenizers.Tokenizer, causal: bool, table: MakeTable) -> _
             return _deduplicated(decode, table)
     if _is_per_token(steps) and decode([_CONTEXT]) == _CONTEXT:
         return _per_token(steps, decode, causal, table)
-    context = [_CONTEXT] if causal else []
     tokens = table(str)
-    return _Rules(lambda: WindowStream(tokens, decode, context), None)
+    return _Rules(lambda: WindowStream(tokens, decode, _CONTEXT, begins=not causal), None)
 
 
 def _steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 BROKEN = "\ufffd"
-_MAX_WINDOW = 8  # tokens; a character has at most 4 bytes
 
 
 class Table(dict[int, Any]):
@@ -194,29 +193,34 @@ class DedupStream(TextStream):
 
 
 class WindowStream(TextStream):
-    """Tokens are decoded again together with those released last. Entries: tokens."""
+    """Tokens are decoded together with those released last. Entries: tokens.
 
-    __slots__ = ("_context", "_decode", "_fresh")
+    Exact as long as no decoder looks further back than one piece of text. `context` is a token
+    that stands for all text before the window.
+    """
+
+    __slots__ = ("_context", "_decode", "_fresh", "_released")
 
     def __init__(
-        self, table: Table, decode: Callable[[list[str]], str], context: list[str]
+        self, table: Table, decode: Callable[[list[str]], str], context: str, begins: bool
     ) -> None:
         super().__init__(table)
         self._decode = decode
         self._context = context
+        self._released = [] if begins else [context]
         self._fresh: list[str] = []
 
     def _next(self, entry: str) -> str:
         self._fresh.append(entry)
         text = self._end()
-        if text.endswith(BROKEN) and len(self._fresh) < _MAX_WINDOW:
+        if not text or text.endswith(BROKEN):
             return ""
-        self._context, self._fresh = self._fresh, []
+        self._released, self._fresh = [self._context, *self._fresh], []
         return text
 
     def _end(self) -> str:
-        known = self._decode(self._context)
-        return self._decode(self._context + self._fresh)[len(known) :]
+        known = self._decode(self._released)
+        return self._decode(self._released + self._fresh)[len(known) :]
 
 
 class LastEosStream(TextStream):
