@@ -1,0 +1,222 @@
+"""The sampler: one step's logits in, one token per sequence out."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tgis.sampling import choose
+from tgis.sampling.candidates import as_array, head, pack
+from tgis.sampling.logprobs import Scored, best_of, describe, norms_of, ranks_of
+from tgis.sampling.seeds import NoiseStream
+from tgis.sampling.state import SequenceState
+from tgis.sampling.warpers import penalise, softmax, softmax_row, warp
+from tgis.types import NO_DETAILS, DetailParams, SamplingParams, TokenDetails
+
+NOT_FINITE = "the model's scores for the next token are not finite"
+_FEW = 2048  # top_k up to this is worked on as candidates, above on the whole row
+
+
+class Choice(NamedTuple):
+    """The token chosen for one sequence, or why there is none.
+
+    Attributes:
+        token_id: -1 with an error.
+        details: None where the sequence wants no details of generated tokens, or with an error.
+        error: set where the row's logits have no finite maximum (NaN, infinity, or nothing left to
+            choose). The sequence's state has not moved; its neighbours are not affected.
+    """
+
+    token_id: int
+    details: TokenDetails | None = None
+    error: str | None = None
+
+
+class Sampler:
+    """Chooses the next token of every sequence of a batch, each by its own parameters.
+
+    What a sequence gets depends on its own logits, parameters and history alone, bit for bit:
+    neither on its neighbours nor on its place among them.
+
+    Args:
+        vocab_size: width of the logits.
+        eos_token_ids: every id that ends a sequence.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._vocab_size = vocab_size
+        self._eos_ids = [i for i in eos_token_ids if 0 <= i < vocab_size]
+        self._sequences: dict[int, SequenceState] = {}
+
+    def add(
+        self,
+        seq_id: int,
+        params: SamplingParams,
+        details: DetailParams,
+        prompt_ids: Sequence[int],
+    ) -> None:
+        """Register a sequence, once for its life; preemption does not matter here.
+
+        Args:
+            seq_id: a new one.
+            params: how its tokens are chosen.
+            details: what it wants to know of them.
+            prompt_ids: the ids that the repetition penalty meets besides the generated ones: the
+                real prompt (decoder-only), or the decoder's start token (encoder-decoder).
+
+        Raises:
+            ValueError: the id is registered already.
+        """
+        if seq_id in self._sequences:
+            raise ValueError(f"sequence {seq_id} is registered already")
+        details = details if details.output else NO_DETAILS
+        self._sequences[seq_id] = SequenceState(params, details, prompt_ids, self._vocab_size)
+
+    def remove(self, seq_id: int) -> None:
+        """Forget a sequence; unknown ids are ignored."""
+        self._sequences.pop(seq_id, None)
+
+    def sample(self, seq_ids: Sequence[int], logits: Tensor) -> list[Choice]:
+        """Choose one token for each sequence and advance its state by it.
+
+        Args:
+            seq_ids: n different registered sequences.
+            logits: [n, vocab_size], the model's scores after each one's last token; overwritten.
+
+        Returns:
+            n choices in the order of `seq_ids`; see `Choice.error` for hostile logits.
+
+        Raises:
+            KeyError: a sequence is not registered.
+            ValueError: the logits have another shape.
+        """
+        rows = [self._sequences[i] for i in seq_ids]
+        if logits.shape != (len(rows), self._vocab_size):
+            expected = (len(rows), self._vocab_size)
+            raise ValueError(f"logits are {tuple(logits.shape)}, not {expected}")
+        if not rows:
+            return []
+        with np.errstate(all="ignore"):
+            scores = as_array(logits)
+            penalise(scores, rows, self._eos_ids)
+            choices = _choose(scores, rows)
+        for row, choice in zip(rows, choices, strict=True):
+            if choice.error is None:
+                row.advance(choice.token_id)
+        return choices
+
+
+Rows = Sequence[NDArray[np.float32]]
+States = Sequence[SequenceState]
+
+
+def _choose(scores: NDArray[np.float32], states: States) -> list[Choice]:
+    """Choose for all rows, those together that need the same work."""
+    groups: dict[Callable[[Rows, States], list[Choice]], list[int]] = {}
+    for i, state in enumerate(states):
+        groups.setdefault(_method(scores[i], state), []).append(i)
+    choices: dict[int, Choice] = {}
+    for method, members in groups.items():
+        chosen = method([scores[i] for i in members], [states[i] for i in members])
+        choices.update(zip(members, chosen, strict=True))
+    return [choices[i] for i in range(len(states))]
+
+
+def _method(
+    row: NDArray[np.float32], state: SequenceState
+) -> Callable[[Rows, States], list[Choice]]:
+    if state.noise is None:
+        return _greedy  # finds the maximum anyway
+    if not np.isfinite(row.max()):
+        return _none
+    return _few if 0 < state.params.top_k <= _FEW else _whole
+
+
+def _none(rows: Rows, states: States) -> list[Choice]:
+    """Rows in which nothing can be chosen."""
+    return [Choice(-1, error=NOT_FINITE)] * len(rows)
+
+
+def _greedy(rows: Rows, states: States) -> list[Choice]:
+    """The highest score of each row, the lowest id of equals; a NaN counts as highest."""
+    tokens = [int(row.argmax()) for row in rows]
+    best = [row[token] for row, token in zip(rows, tokens, strict=True)]
+    choices = [
+        Choice(token) if np.isfinite(score) else Choice(-1, error=NOT_FINITE)
+        for token, score in zip(tokens, best, strict=True)
+    ]
+    detailed = [
+        i for i, state in enumerate(states) if state.details.output and not choices[i].error
+    ]
+    if detailed:
+        wanted = [states[i].details for i in detailed]
+        rows = [rows[i] for i in detailed]
+        scored = Scored(
+            scores=np.array([best[i] for i in detailed]),
+            norms=norms_of(rows, wanted),
+            ranks=np.ones(len(rows), np.int64),
+            best=best_of(rows, wanted),
+        )
+        for i, details in zip(detailed, describe(scored, wanted, _possible(scored)), strict=True):
+            choices[i] = Choice(tokens[i], details)
+    return choices
+
+
+def _few(rows: Rows, states: States) -> list[Choice]:
+    """Sampling rows whose top-k leaves few candidates: all rows at once."""
+    params = [state.params for state in states]
+    candidates = pack(rows, [head(row, p.top_k) for row, p in zip(rows, params, strict=True)])
+    candidates.scores = warp(candidates.scores, params)
+    probs, norms = softmax(candidates.scores)
+    noise = choose.noise_at(candidates.ids, _streams(states))
+    chosen = (np.arange(len(rows)), (probs / noise).argmax(axis=1))
+    scores = candidates.scores[chosen]
+    scored = Scored(
+        scores=scores,
+        norms=norms,
+        ranks=1 + (candidates.scores > scores[:, None]).sum(axis=1),
+        best=candidates,
+    )
+    return _choices(candidates.ids[chosen].tolist(), scored, states)
+
+
+def _whole(rows: Rows, states: States) -> list[Choice]:
+    """Sampling rows in which any token may win: one by one, since a row fills the cache."""
+    choices = []
+    for row, state in zip(rows, states, strict=True):
+        processed = warp(row[None], [state.params])[0]
+        probs, norm = softmax_row(processed)
+        token = choose.anywhere(probs, *_streams([state]))
+        score = processed[token : token + 1]
+        wanted = [state.details]
+        scored = Scored(
+            scores=score,
+            norms=norm[None],
+            ranks=ranks_of([processed], score, wanted),
+            best=best_of([processed], wanted),
+        )
+        choices += _choices([token], scored, [state])
+    return choices
+
+
+def _choices(tokens: list[int], scored: Scored, states: States) -> list[Choice]:
+    """Tokens with the details that their sequences want."""
+    wanted = [state.details for state in states]
+    if not any(details.output for details in wanted):
+        return [Choice(token) for token in tokens]
+    described = describe(scored, wanted, _possible(scored))
+    return [
+        Choice(token, details if state.details.output else None)
+        for token, details, state in zip(tokens, described, states, strict=True)
+    ]
+
+
+def _possible(scored: Scored) -> NDArray[np.bool_] | None:
+    """Of generated tokens only alternatives are shown that could have been chosen."""
+    return None if scored.best is None else scored.best.scores > -np.inf
+
+
+def _streams(states: States) -> list[NoiseStream]:
+    return [state.noise for state in states if state.noise is not None]
