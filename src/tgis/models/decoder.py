@@ -174,19 +174,19 @@ def _load_block(
 
 def _norm(ops: ModuleType, spec: DecoderSpec, weights: NormWeights) -> Norm:
     """The family's norm with these weights."""
-    operator: Callable[..., Tensor]
     if spec.norm.kind == "rms":
         operator = partial(ops.rms_norm, weight=weights.weight, eps=spec.norm.eps)
     else:
         operator = partial(ops.layer_norm, **weights._asdict(), eps=spec.norm.eps)
 
     def norm(stream: Tensor, addition: Tensor | None) -> Tensor:
-        return operator(stream) if addition is None else operator(addition, residual=stream)
+        y: Tensor = operator(stream) if addition is None else operator(addition, residual=stream)
+        return y
 
     return norm
 
 
 def _activation(ops: ModuleType, spec: DecoderSpec) -> Callable[[Tensor], Tensor]:
     """The MLP's activation, of the gate where there is one."""
-    operator: Callable[..., Tensor] = ops.act_mul if spec.gated_mlp else ops.act
-    return partial(operator, activation=spec.activation)
+    activate: Callable[..., Tensor] = ops.act_mul if spec.gated_mlp else ops.act
+    return lambda x: activate(x, spec.activation)

@@ -4,16 +4,7 @@ import torch
 
 from tgis.errors import ConfigError
 
-DTYPES = {
-    "float32": torch.float32,
-    "float": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "fp16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_dtype(name: str | None) -> tuple[torch.dtype, str]:
@@ -25,9 +16,9 @@ def choose_dtype(name: str | None) -> tuple[torch.dtype, str]:
         ConfigError: not the name of such a type.
     """
     if name:
-        if name.removeprefix("torch.") not in DTYPES:
+        if name not in DTYPES:
             raise ConfigError(f"Unrecognized data type: {name} (DTYPE; one of {', '.join(DTYPES)})")
-        return DTYPES[name.removeprefix("torch.")], "asked for"
+        return DTYPES[name], "asked for"
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16, "the CPU computes in bfloat16"
     return torch.float32, "the CPU has no bfloat16 arithmetic"

@@ -6,15 +6,16 @@ from several checkpoint tensors (fused projections) and from parts of them (a ra
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tgis.errors import ModelError
-from tgis.hub.safetensors import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,15 @@ PACK_ROWS = 32  # a pack for so many rows is within 5 % of the best at 1, 8, 32 
 
 Linear = Callable[[Tensor], Tensor]
 """x [n, in_features] -> [n, out_features]"""
+
+
+class Tensors(Protocol):
+    """Stored tensors by name, such as `hub.safetensors.Checkpoint`."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> AbstractContextManager[Tensor]:
+        """A stored tensor, which must have this shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +76,17 @@ class LinearSource:
         return stop - start
 
 
-def load_linear(checkpoint: Checkpoint, source: LinearSource, dtype: torch.dtype) -> Linear:
+def load_linear(tensors: Tensors, source: LinearSource, dtype: torch.dtype) -> Linear:
     """Make a layer from the checkpoint.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or is of a format not known here.
     """
     name = source.pieces[0].name
-    load = next((load for suffix, load in FORMATS.items() if name + suffix in checkpoint), None)
+    load = next((load for suffix, load in FORMATS.items() if name + suffix in tensors), None)
     if load is None:
         raise ModelError(f"weight {name}.weight does not exist")
-    return load(checkpoint, source, dtype)
+    return load(tensors, source, dtype)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -122,29 +132,29 @@ def can_pack(dtype: torch.dtype) -> bool:
     return False
 
 
-def _load_dense(checkpoint: Checkpoint, source: LinearSource, dtype: torch.dtype) -> Linear:
+def _load_dense(tensors: Tensors, source: LinearSource, dtype: torch.dtype) -> Linear:
     weight = torch.empty(source.out_features, source.in_features, dtype=dtype)
     bias = torch.empty(source.out_features, dtype=dtype) if source.has_bias else None
     row = 0
     for piece in source.pieces:
         target = slice(row, row + piece.out_features)
-        _copy_weight(checkpoint, piece, weight[target])
+        _copy_weight(tensors, piece, weight[target])
         if bias is not None:
-            _copy_bias(checkpoint, piece, bias[target])
+            _copy_bias(tensors, piece, bias[target])
         row += piece.out_features
     return make_linear(weight, bias if source.adds_bias else None)
 
 
-def _copy_weight(checkpoint: Checkpoint, piece: Piece, target: Tensor) -> None:
+def _copy_weight(tensors: Tensors, piece: Piece, target: Tensor) -> None:
     name = f"{piece.name}.weight"
     shape = piece.shape[::-1] if piece.transposed else piece.shape
-    with checkpoint.tensor(name, shape) as stored:
+    with tensors.tensor(name, shape) as stored:
         matrix = stored.T if piece.transposed else stored
         _copy_rows(matrix[:, slice(*piece.columns)], piece.rows, target)
 
 
-def _copy_bias(checkpoint: Checkpoint, piece: Piece, target: Tensor) -> None:
-    with checkpoint.tensor(f"{piece.name}.bias", piece.shape[:1]) as stored:
+def _copy_bias(tensors: Tensors, piece: Piece, target: Tensor) -> None:
+    with tensors.tensor(f"{piece.name}.bias", piece.shape[:1]) as stored:
         _copy_rows(stored, piece.rows, target)
 
 
@@ -155,7 +165,7 @@ def _copy_rows(source: Tensor, rows: tuple[Span, ...], target: Tensor) -> None:
         at += stop - start
 
 
-FORMATS: dict[str, Callable[[Checkpoint, LinearSource, torch.dtype], Linear]] = {
+FORMATS: dict[str, Callable[[Tensors, LinearSource, torch.dtype], Linear]] = {
     ".weight": _load_dense,
 }
 """The suffix by which a format's checkpoints are known -> how it is loaded."""
