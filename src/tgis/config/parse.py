@@ -4,6 +4,7 @@ A flag beats the environment; an empty environment variable is not set.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from tgis.config.derive import Draft, complete
@@ -71,11 +72,13 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], program: Program = SE
 def termination_log_path(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """Where the reason of a failure goes when the other settings may be wrong."""
     field = FIELDS["termination_log"]
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, _, value = flag.replace("_", "-").partition("=")
-        if name in map(flag_of, field.names):
-            return flag.partition("=")[2] if value else following
-    return next(filter(None, (environ.get(variable_of(n)) for n in field.names)), field.default)
+    flags = [flag_of(name) for name in field.names]
+    for word, following in pairwise([*argv, ""]):
+        flag, _, value = word.partition("=")
+        if flag.replace("_", "-") in flags and (value or following):
+            return value or following
+    variables = (environ.get(variable_of(name), "").strip() for name in field.names)
+    return str(next(filter(None, variables), field.default))
 
 
 def _flag_table() -> dict[str, tuple[Field, str]]:
