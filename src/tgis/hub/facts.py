@@ -20,8 +20,8 @@ LENGTH_KEYS = (
 )
 _ENCODER_DECODER = """
     bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian
-    mbart mt5 mvp nllb-moe pegasus pegasus_x plbart prophetnet switch_transformers t5 umt5
-    xlm-prophetnet
+    mbart mt5 mvp nllb-moe pegasus pegasus_x plbart prophetnet switch_transformers t5 t5gemma
+    t5gemma2 umt5
 """
 ENCODER_DECODER_TYPES = frozenset(_ENCODER_DECODER.split())
 
