@@ -84,6 +84,17 @@ class Oracle:
             ]
         }
 
+    def start_stream(self, request: Json) -> Json:
+        """Answer what is wrong with a SingleGenerationRequest; its messages are those of `generate`.
+
+        Raises:
+            RejectedError: the answer is a gRPC status.
+        """
+        if "request" not in request:
+            raise RejectedError("INVALID_ARGUMENT", "missing request")
+        rest = {name: value for name, value in request.items() if name != "request"}
+        return self.generate({"requests": [request["request"]], **rest})
+
     def tokenize(self, request: Json) -> Json:
         """Answer a BatchedTokenizeRequest."""
         request = snake(request)
@@ -109,7 +120,7 @@ class Oracle:
         return _present(
             modelKind="ENCODER_DECODER" if self.encoder_decoder else None,
             maxSequenceLength=self.limits.max_sequence_length,
-            maxNewTokens=min(self.limits.max_new_tokens, self.limits.max_sequence_length - 1),
+            maxNewTokens=self.limits.effective_new_tokens,
         )
 
     # --- generation ----------------------------------------------------------------------------
@@ -222,7 +233,8 @@ class Oracle:
 
 
 def _number(value: float) -> float | str:
-    return "NaN" if value != value else value
+    """As JSON has it, with more digits than a comparison looks at and fewer than platforms share."""
+    return "NaN" if value != value else float(f"{value:.6g}")
 
 
 def _present(**fields: Any) -> Json:

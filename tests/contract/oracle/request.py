@@ -36,6 +36,11 @@ class Limits:
     default_include_stop_seqs: bool = True
     output_special_tokens: bool = False
 
+    @property
+    def effective_new_tokens(self) -> int:
+        """A sequence has at least one input token."""
+        return min(self.max_new_tokens, self.max_sequence_length - 1)
+
 
 @dataclass(frozen=True)
 class Params:
@@ -116,7 +121,7 @@ def _defaults(message: Json, limits: Limits) -> Params:
         top_p=float32(sampling.get("top_p", 0)) or 1.0,
         typical_p=float32(sampling.get("typical_p", 0)) or 1.0,
         seed=int(sampling["seed"]) if "seed" in sampling else None,
-        max_new_tokens=stopping.get("max_new_tokens", 0) or min(20, limits.max_new_tokens),
+        max_new_tokens=stopping.get("max_new_tokens", 0) or min(20, limits.effective_new_tokens),
         min_new_tokens=stopping.get("min_new_tokens", 0),
         stop_sequences=stopping.get("stop_sequences", []),
         include_stop_sequence=stopping.get(
@@ -145,8 +150,8 @@ def _checks(p: Params, limits: Limits) -> Iterator[tuple[bool, str]]:
     yield wrong(p.typical_p, p.typical_p <= 1), "typical_p must be <= 1.0"
     yield p.top_k >= 2**31, "top_k must be strictly positive"
     yield (
-        p.max_new_tokens > limits.max_new_tokens,
-        f"max_new_tokens must be <= {limits.max_new_tokens}",
+        p.max_new_tokens > limits.effective_new_tokens,
+        f"max_new_tokens must be <= {limits.effective_new_tokens}",
     )
     yield p.min_new_tokens > p.max_new_tokens, "min_new_tokens must be <= max_new_tokens"
     yield (
