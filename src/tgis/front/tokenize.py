@@ -6,7 +6,6 @@ release the interpreter lock.
 """
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,30 +17,10 @@ import numpy as np
 import tokenizers
 
 from tgis.errors import GenerationFailed, InvalidRequest, ModelError
+from tgis.hub.tokenizer_settings import read_tokenizer_settings
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# The tokenizer classes that have an `add_bos_token`, and what it is where the model's files do
-# not say. TGIS looks at the attribute, so for other classes the files may say what they like.
-_ADD_BOS_TOKEN = {
-    "CodeLlamaTokenizer": True,
-    "CohereTokenizer": True,
-    "GPT2Tokenizer": False,
-    "GPTNeoXTokenizer": False,
-    "GemmaTokenizer": True,
-    "LlamaTokenizer": True,
-}
-# The class where tokenizer_config.json names none, by config.json's model_type.
-_TOKENIZER_CLASS = {
-    "cohere": "CohereTokenizer",
-    "gemma": "GemmaTokenizer",
-    "gpt2": "GPT2Tokenizer",
-    "gpt_neox": "GPTNeoXTokenizer",
-    "llama": "LlamaTokenizer",
-    "mistral": "LlamaTokenizer",
-    "mixtral": "LlamaTokenizer",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +93,13 @@ class TextTokenizer:
             )
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        settings = read_tokenizer_settings(directory)
+        bos = settings.kept_bos if add_special_tokens else None
         return cls(
             tokenizer,
             workers=workers,
             add_special_tokens=add_special_tokens,
-            bos_token_id=_bos_token_id(directory, tokenizer) if add_special_tokens else None,
+            bos_token_id=None if bos is None else tokenizer.token_to_id(bos),
         )
 
     def close(self) -> None:
@@ -199,31 +180,3 @@ def _byte_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[i
     ends = np.concatenate(([0], np.cumsum(sizes)))
     pairs = ends[np.array(offsets, dtype=np.int64).reshape(-1, 2)]
     return list(map(tuple, pairs.tolist()))
-
-
-def _bos_token_id(directory: Path, tokenizer: tokenizers.Tokenizer) -> int | None:
-    """Return the BOS token that inputs keep when they are truncated, None without such a rule."""
-    settings = _read_json(directory / "tokenizer_config.json")
-    name = settings.get("tokenizer_class") or _TOKENIZER_CLASS.get(
-        _read_json(directory / "config.json").get("model_type", "")
-    )
-    default = _ADD_BOS_TOKEN.get(str(name).removesuffix("Fast"))
-    if default is None or not settings.get("add_bos_token", default):
-        return None
-    special = _read_json(directory / "special_tokens_map.json")
-    token = settings.get("bos_token") or special.get("bos_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    return tokenizer.token_to_id(token) if isinstance(token, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"cannot read {path}: not a JSON object")
-    return content
