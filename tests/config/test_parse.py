@@ -82,17 +82,14 @@ def test_aliases_reach_their_setting(flag, text, name, value):
         assert config.origins[name] == (flag if argv else variable(flag))
 
 
-def test_tls_paths_and_their_aliases(tmp_path):
+@pytest.mark.parametrize("cert", ["TLS_CERT_PATH", "SSL_CERTFILE"])
+@pytest.mark.parametrize("key", ["TLS_KEY_PATH", "SSL_KEYFILE"])
+def test_tls_is_understood_and_never_silently_left_out(cert, key, tmp_path):
     file = tmp_path / "file.pem"
     file.touch()
-    for cert, key, authorities in (
-        ("tls_cert_path", "tls_key_path", "tls_client_ca_cert_path"),
-        ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"),
-    ):
-        env = {name.upper(): str(file) for name in (cert, key, authorities)}
-        config = parse([], env, LAUNCHER)
-        assert config.tls_cert_path == config.tls_key_path == str(file)
-        assert config.tls_client_ca_cert_path == str(file)
+    text = rf"--tls-cert-path=.* \(environment variable {cert}\): TLS is not supported by this"
+    with pytest.raises(ConfigError, match=text):
+        parse([], {cert: str(file), key: str(file)}, LAUNCHER)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ Framework = Literal[
 ]
 NO_CUDA = "it concerns CUDA devices, and this server computes on the CPU"
 NOT_MEASURED = "memory is planned from the model's shape, not measured by trial runs"
+_NOT_PADDED = "there is no padded engine in this version"
 _DTYPES = {"auto": None, "float": "float32", "half": "float16"} | {
     name: name for name in ("float32", "float16", "bfloat16")
 }
@@ -61,7 +62,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             MODEL,
             "engine that runs the model",
             aliases={"engine": ""},
-            unset="native where the model's family is known, else Transformers",
+            unset="chosen by the model's family",
         ),
     ] = None
     dtype: Annotated[
@@ -71,7 +72,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             "type of the weights in memory",
             aliases={"dtype_str": "dtype and dtype_str args both provided with different values"},
             kind=choice(_DTYPES, "Unrecognized data type: {v}"),
-            unset="float32 on a CPU, float16 with CUDA",
+            unset="float32 on a CPU",
         ),
     ] = None
     quantize: Annotated[
@@ -86,11 +87,16 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     trust_remote_code: Annotated[
-        bool, Setting(MODEL, "run Python code that comes with the model (hf engines)")
+        bool, Setting(MODEL, "run Python code that comes with the model")
     ] = False
     transformers_attn_impl: Annotated[
         str | None,
-        Setting(MODEL, "attn_implementation of hf engines", unset="Transformers' own choice"),
+        Setting(
+            MODEL,
+            "attn_implementation of hf engines",
+            unset="Transformers' own choice",
+            no_effect="there is no Transformers engine in this version",
+        ),
     ] = None
     flash_attention: Annotated[bool, Setting(MODEL, "as TGIS: choose the engine tgis_native")] = (
         False
@@ -146,7 +152,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             LIMITS,
             "most sequences that run at once",
             check=at_least(1),
-            unset="12 for padded engines, else as many as memory holds",
+            unset="the engine's choice; 12 for padded engines",
         ),
     ] = None
     max_prefill_padding: Annotated[
@@ -159,6 +165,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
                 1.0,
                 "max_prefill_padding ({v}) must be a percentage in the range [0.0, 1.0]",
             ),
+            no_effect=_NOT_PADDED,
         ),
     ] = 0.2
     max_waiting_tokens: Annotated[
@@ -167,6 +174,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             LIMITS,
             "steps that small additions to the batch may wait (padded engines)",
             check=at_least(0),
+            no_effect=_NOT_PADDED,
         ),
     ] = 24
     max_step_tokens: Annotated[
@@ -179,7 +187,12 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     prefix_caching: Annotated[
-        bool, Setting(LIMITS, "keep computed prompts and reuse their beginnings")
+        bool,
+        Setting(
+            LIMITS,
+            "keep computed prompts and reuse their beginnings",
+            no_effect="prompts are not kept by this version",
+        ),
     ] = True
 
     kv_cache_memory: Annotated[

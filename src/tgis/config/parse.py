@@ -65,7 +65,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], program: Program = SE
     for field in IGNORED_FIELDS.values():
         if (found := _read(field, flags, environ)) is not None:
             notes.append(_ignored(field, found[1]))
-    complete(Draft(values, origins, environ, notes))
+    draft = Draft(values, origins, environ, notes)
+    complete(draft)
+    _refuse_unsupported(draft)
     return Config(**values, origins=origins, notes=tuple(notes))
 
 
@@ -79,6 +81,13 @@ def termination_log_path(argv: Sequence[str], environ: Mapping[str, str]) -> str
             return value or following
     variables = (environ.get(variable_of(name), "").strip() for name in field.names)
     return str(next(filter(None, variables), field.default))
+
+
+def _refuse_unsupported(draft: Draft) -> None:
+    """What is not there yet is refused, never ignored."""
+    for name in draft.origins:
+        if (why := FIELDS[name].setting.not_yet) and draft.get(name):
+            raise ConfigError(f"{draft.where(name)}: {why}; leave it unset")
 
 
 def _flag_table() -> dict[str, tuple[Field, str]]:
@@ -184,8 +193,6 @@ def _value(field: Field, given: Given) -> Any:
     except (ValueError, KeyError, IndexError):
         text = field.kind.text.format(v=one_line(given.text))
         raise ConfigError(f"{where}: {text}; expected {field.rule}") from None
-    if field.setting.not_yet and value:
-        raise ConfigError(f"{where}: {field.setting.not_yet}; leave it unset")
     if check and value is not None and not check.holds(value):
         text = check.text.format(v=one_line(given.text))
         raise ConfigError(f"{where}: {text}; expected {check.rule}")

@@ -30,6 +30,10 @@ LogLevel = Literal["trace", "debug", "info", "warning", "error", "off"]
 
 _LEVELS: dict[str, LogLevel] = {name: name for name in get_args(LogLevel)} | {"warn": "warning"}
 
+_NO_TLS = "TLS is not supported by this version"
+_NO_PROMPTS = "soft prompts are not supported by this version"
+_NO_TRACES = "tracing is not supported by this version"
+
 
 def _log_level(text: str) -> LogLevel:
     """A level, also as the one without a target in a filter such as `info,tower=warn`."""
@@ -62,7 +66,12 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
     ] = 4 * 2**20
     write_timeout: Annotated[
         float,
-        Setting(NETWORK, "seconds after which a stream that is not read ends", check=SECONDS),
+        Setting(
+            NETWORK,
+            "seconds after which a stream that is not read ends",
+            check=SECONDS,
+            no_effect="streams that are not read are kept by this version",
+        ),
     ] = 30.0
     shard_uds_path: Annotated[
         str,
@@ -81,6 +90,7 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             aliases={"ssl_certfile": ""},
             check=readable_file("cert"),
             unset="no TLS",
+            not_yet=_NO_TLS,
         ),
     ] = None
     tls_key_path: Annotated[
@@ -91,6 +101,7 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             aliases={"ssl_keyfile": ""},
             check=readable_file("key"),
             unset="no TLS",
+            not_yet=_NO_TLS,
         ),
     ] = None
     tls_client_ca_cert_path: Annotated[
@@ -101,6 +112,7 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             aliases={"ssl_ca_certs": ""},
             check=readable_file("client ca cert"),
             unset="clients need no certificate",
+            not_yet=_NO_TLS,
         ),
     ] = None
     api_keys_file: Annotated[
@@ -141,7 +153,7 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             PROMPTS,
             "MiB for loaded soft prompts",
             check=between(0, 10**6, noun="an integer"),
-            no_effect="soft prompts are not supported by this version",
+            no_effect=_NO_PROMPTS,
         ),
     ] = 512
     max_prompt_prefix_length: Annotated[
@@ -152,7 +164,7 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             kind=KINDS[int]._replace(text="Invalid value for MAX_PROMPT_PREFIX_LENGTH"),
             check=at_least(1, "Invalid value for MAX_PROMPT_PREFIX_LENGTH"),
             unset="half of max_sequence_length",
-            no_effect="soft prompts are not supported by this version",
+            no_effect=_NO_PROMPTS,
         ),
     ] = None
 
@@ -169,7 +181,12 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
     ] = "text"
     json_output: Annotated[bool, Setting(OBSERVE, "the same as --log-format json")] = False
     log_prompts: Annotated[
-        bool, Setting(OBSERVE, "log the first 32 columns of inputs and outputs")
+        bool,
+        Setting(
+            OBSERVE,
+            "log the first 32 columns of inputs and outputs",
+            no_effect="this version never logs them",
+        ),
     ] = True
     metrics_compat: Annotated[
         bool,
@@ -189,7 +206,7 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
                 lambda v: v.startswith(("http://", "https://", "grpc://")),
             ),
             unset="no tracing",
-            no_effect="tracing is not supported by this version",
+            no_effect=_NO_TRACES,
         ),
     ] = None
     otlp_service_name: Annotated[
@@ -198,7 +215,7 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             OBSERVE,
             "name of this service in traces",
             aliases={"otel_service_name": ""},
-            no_effect="tracing is not supported by this version",
+            no_effect=_NO_TRACES,
         ),
     ] = "text-generation-inference.router"
 
