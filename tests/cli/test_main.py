@@ -51,9 +51,20 @@ def test_an_unknown_command(word, hint, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "health"])
+def test_a_wrong_argument_of_a_client_is_one_line(command, capsys):
+    assert main([command, "--bogus", "--port", "x"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--port: invalid" in err
+    assert "'x'" in err
+    assert f"tgis {command} --help" in err
+
+
 @pytest.mark.parametrize(
     "argv",
     [
+        ("tgis.cli.main", "generate", "--help"),
         ("tgis.cli.main", "--help"),
         ("tgis.cli.main", "serve", "--help"),
         ("tgis.cli.main", "serve", "--print-config"),

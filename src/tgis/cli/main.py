@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from tgis import __version__
 from tgis.cli.failure import exit_code_of
@@ -60,7 +60,13 @@ def _run(name: str, words: list[str]) -> int:
 def _run_parsed(add_parsers: Callable[..., None], words: list[str]) -> int:
     from argparse import ArgumentParser
 
-    parser = ArgumentParser(prog="tgis")
+    class Parser(ArgumentParser):
+        """Says what is wrong in one line."""
+
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"{message}; {self.prog} --help lists all arguments")
+
+    parser = Parser(prog="tgis")
     add_parsers(parser.add_subparsers(required=True))
     arguments = parser.parse_args(words)
     return int(arguments.run(arguments))
