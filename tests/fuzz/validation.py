@@ -9,6 +9,7 @@ the message that caused it.
 
 import argparse
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -114,7 +115,10 @@ def main() -> int:
     start = time.perf_counter()
     outcomes = run(args.count, args.seed)
     seconds = time.perf_counter() - start
-    for outcome, times in outcomes.most_common():
+    summary: Counter[str] = Counter()
+    for outcome, times in outcomes.items():
+        summary[re.sub(r"\(\d+\)", "(n)", outcome)] += times
+    for outcome, times in summary.most_common():
         print(f"{times:9}  {outcome}")
     print(f"{args.count} messages in {seconds:.1f} s, nothing unexpected")
     return 0
