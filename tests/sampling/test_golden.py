@@ -1,6 +1,7 @@
 """Plain transformers passes with our sampler equal what TGIS's own server recorded."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from tgis.types import DetailParams, SamplingParams, TokenDetails
 DETAILS = DetailParams(logprobs=True, ranks=True, top_n=3, output=True, input=True)
 UNDERFLOW = -103.0  # below about this a probability is zero in float32
 Row = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def to_params(recorded: dict[str, Any]) -> SamplingParams:

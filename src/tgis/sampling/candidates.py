@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _MARGIN = 2.0**-20
+_WIDTHS = (64, 1024)  # how many of the best tokens are tried for a nucleus
 
 
 @dataclass(slots=True)
 class Candidates:
-    """Some tokens of each of m rows, in the order of their ids; all others score -inf.
+    """Some tokens of each of m rows, in the order of their ids.
 
     Attributes:
         ids: int64 [m, width]; short rows are padded with -1.
@@ -26,6 +27,27 @@ class Candidates:
 
     ids: NDArray[np.int64]
     scores: NDArray[np.float32]
+
+
+def as_array(logits: Tensor) -> NDArray[np.float32]:
+    """Logits as a contiguous float32 array, without a copy where they are that on the CPU."""
+    array: NDArray[np.float32] = logits.detach().to("cpu", torch.float32).contiguous().numpy()
+    return array
+
+
+def pack(rows: Sequence[NDArray[np.float32]], ids: Sequence[NDArray[np.int64]]) -> Candidates:
+    """Put the chosen ids of each row and their scores side by side.
+
+    Args:
+        rows: m times [vocab].
+        ids: for each row its candidates' ids, ascending.
+    """
+    shape = (len(rows), max(map(len, ids)))
+    packed = Candidates(np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32))
+    for i, (row, chosen) in enumerate(zip(rows, ids, strict=True)):
+        packed.ids[i, : len(chosen)] = chosen
+        packed.scores[i, : len(chosen)] = row[chosen]
+    return packed
 
 
 def head(row: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -60,22 +82,29 @@ def _lower_bound(row: NDArray[np.float32], count: int) -> float:
     return float(np.partition(maxima, groups - count)[groups - count])
 
 
-def pack(rows: Sequence[NDArray[np.float32]], ids: Sequence[NDArray[np.int64]]) -> Candidates:
-    """Put the chosen ids of each row and their scores side by side.
+def nucleus(
+    row: NDArray[np.float32], temperature: float, top_p: float
+) -> tuple[NDArray[np.int64], float] | None:
+    """Ids that surely include all that top-p keeps of a row, if they are few.
 
     Args:
-        rows: m times [vocab].
-        ids: for each row its ascending candidate ids.
+        row: [vocab], with a finite maximum.
+        temperature: by which the scores are going to be divided.
+        top_p: below 1.
+
+    Returns:
+        Ascending ids, and the mass of all other tokens where the likeliest one's is 1. None if
+        hundreds of tokens are not enough.
     """
-    shape = (len(rows), max(map(len, ids)))
-    packed = Candidates(np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32))
-    for i, (row, chosen) in enumerate(zip(rows, ids, strict=True)):
-        packed.ids[i, : len(chosen)] = chosen
-        packed.scores[i, : len(chosen)] = row[chosen]
-    return packed
-
-
-def as_array(logits: Tensor) -> NDArray[np.float32]:
-    """Logits as a contiguous float32 array, without a copy where they are that on the CPU."""
-    array: NDArray[np.float32] = logits.detach().to("cpu", torch.float32).contiguous().numpy()
-    return array
+    scaled = row / np.float32(temperature)
+    mass = np.exp(scaled - scaled.max())
+    total = float(mass.sum(dtype=np.float64))
+    for width in _WIDTHS:
+        if width >= len(row):
+            return None
+        ids = head(row, width)
+        inside = mass[ids]
+        rest = max(total - float(inside.sum(dtype=np.float64)), 0.0)
+        if (rest + float(inside.min())) / total <= 1 - top_p:
+            return ids, rest
+    return None

@@ -1,6 +1,6 @@
 """The sampler: one step's logits in, one token per sequence out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tgis.sampling import choose
-from tgis.sampling.candidates import as_array, head, pack
+from tgis.sampling.candidates import as_array, head, nucleus, pack
 from tgis.sampling.logprobs import Scored, best_of, describe, norms_of, ranks_of
 from tgis.sampling.seeds import NoiseStream
 from tgis.sampling.state import SequenceState
-from tgis.sampling.warpers import penalise, softmax, softmax_row, warp
+from tgis.sampling.warpers import penalise, softmax, softmax_row, warp, warp_row
 from tgis.types import NO_DETAILS, DetailParams, SamplingParams, TokenDetails
 
 NOT_FINITE = "the model's scores for the next token are not finite"
@@ -32,6 +32,9 @@ class Choice(NamedTuple):
     token_id: int
     details: TokenDetails | None = None
     error: str | None = None
+
+
+_FAILED = Choice(-1, error=NOT_FINITE)
 
 
 class Sampler:
@@ -108,35 +111,32 @@ class Sampler:
         return choices
 
 
-Rows = Sequence[NDArray[np.float32]]
+Row = NDArray[np.float32]
+Rows = Sequence[Row]
 States = Sequence[SequenceState]
 
 
 def _choose(scores: NDArray[np.float32], states: States) -> list[Choice]:
     """Choose for all rows, those together that need the same work."""
-    groups: dict[Callable[[Rows, States], list[Choice]], list[int]] = {}
+    choices = [_FAILED] * len(states)
+    greedy = [i for i, state in enumerate(states) if state.noise is None]
+    whole: list[int] = []
+    few: dict[int, _Selection] = {}
     for i, state in enumerate(states):
-        groups.setdefault(_method(scores[i], state), []).append(i)
-    choices: dict[int, Choice] = {}
-    for method, members in groups.items():
-        chosen = method([scores[i] for i in members], [states[i] for i in members])
-        choices.update(zip(members, chosen, strict=True))
-    return [choices[i] for i in range(len(states))]
-
-
-def _method(
-    row: NDArray[np.float32], state: SequenceState
-) -> Callable[[Rows, States], list[Choice]]:
-    if state.noise is None:
-        return _greedy  # finds the maximum anyway
-    if not np.isfinite(row.max()):
-        return _none
-    return _few if 0 < state.params.top_k <= _FEW else _whole
-
-
-def _none(rows: Rows, states: States) -> list[Choice]:
-    """Rows in which nothing can be chosen."""
-    return [Choice(-1, error=NOT_FINITE)] * len(rows)
+        if state.noise is not None and np.isfinite(scores[i].max()):
+            selection = _select(scores[i], state.params)
+            if selection is None:
+                whole.append(i)
+            else:
+                few[i] = selection
+    for members, chosen in (
+        (greedy, _greedy([scores[i] for i in greedy], [states[i] for i in greedy])),
+        (few, _few([scores[i] for i in few], [states[i] for i in few], list(few.values()))),
+        (whole, [_whole(scores[i], states[i]) for i in whole]),
+    ):
+        for i, choice in zip(members, chosen, strict=True):
+            choices[i] = choice
+    return choices
 
 
 def _greedy(rows: Rows, states: States) -> list[Choice]:
@@ -144,7 +144,7 @@ def _greedy(rows: Rows, states: States) -> list[Choice]:
     tokens = [int(row.argmax()) for row in rows]
     best = [row[token] for row, token in zip(rows, tokens, strict=True)]
     choices = [
-        Choice(token) if np.isfinite(score) else Choice(-1, error=NOT_FINITE)
+        Choice(token) if np.isfinite(score) else _FAILED
         for token, score in zip(tokens, best, strict=True)
     ]
     detailed = [
@@ -164,11 +164,35 @@ def _greedy(rows: Rows, states: States) -> list[Choice]:
     return choices
 
 
-def _few(rows: Rows, states: States) -> list[Choice]:
-    """Sampling rows whose top-k leaves few candidates: all rows at once."""
-    params = [state.params for state in states]
-    candidates = pack(rows, [head(row, p.top_k) for row, p in zip(rows, params, strict=True)])
-    candidates.scores = warp(candidates.scores, params)
+class _Selection(NamedTuple):
+    """The ids, ascending, beyond which top-k or top-p drops everything; see `warp` for `rest`."""
+
+    ids: NDArray[np.int64]
+    rest: float = 0.0
+
+
+def _select(row: Row, params: SamplingParams) -> _Selection | None:
+    """The candidates of a sampling row, None where there may be too many."""
+    if 0.0 < params.typical_p < 1.0:
+        return None
+    if params.top_k:
+        return _Selection(head(row, params.top_k)) if params.top_k <= _FEW else None
+    if params.top_p < 1.0:
+        found = nucleus(row, params.temperature, params.top_p)
+        return None if found is None else _Selection(*found)
+    return None
+
+
+def _few(rows: Rows, states: States, selections: Sequence[_Selection]) -> list[Choice]:
+    """Sampling rows with few candidates: all rows at once."""
+    if not rows:
+        return []
+    candidates = pack(rows, [selection.ids for selection in selections])
+    candidates.scores = warp(
+        candidates.scores,
+        [state.params for state in states],
+        [selection.rest for selection in selections],
+    )
     probs, norms = softmax(candidates.scores)
     noise = choose.noise_at(candidates.ids, _streams(states))
     chosen = (np.arange(len(rows)), (probs / noise).argmax(axis=1))
@@ -182,23 +206,20 @@ def _few(rows: Rows, states: States) -> list[Choice]:
     return _choices(candidates.ids[chosen].tolist(), scored, states)
 
 
-def _whole(rows: Rows, states: States) -> list[Choice]:
-    """Sampling rows in which any token may win: one by one, since a row fills the cache."""
-    choices = []
-    for row, state in zip(rows, states, strict=True):
-        processed = warp(row[None], [state.params])[0]
-        probs, norm = softmax_row(processed)
-        token = choose.anywhere(probs, *_streams([state]))
-        score = processed[token : token + 1]
-        wanted = [state.details]
-        scored = Scored(
-            scores=score,
-            norms=norm[None],
-            ranks=ranks_of([processed], score, wanted),
-            best=best_of([processed], wanted),
-        )
-        choices += _choices([token], scored, [state])
-    return choices
+def _whole(row: Row, state: SequenceState) -> Choice:
+    """A sampling row in which any token may win; one at a time, since a row fills the cache."""
+    processed = warp_row(row, state.params)
+    probs, norm = softmax_row(processed)
+    token = choose.anywhere(probs, *_streams([state]))
+    score = processed[token : token + 1]
+    wanted = [state.details]
+    scored = Scored(
+        scores=score,
+        norms=norm[None],
+        ranks=ranks_of([processed], score, wanted),
+        best=best_of([processed], wanted),
+    )
+    return _choices([token], scored, [state])[0]
 
 
 def _choices(tokens: list[int], scored: Scored, states: States) -> list[Choice]:

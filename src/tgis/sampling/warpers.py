@@ -7,9 +7,10 @@ float64, so that padding never changes a result.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tgis.sampling.state import SequenceState
@@ -73,21 +74,39 @@ def _penalise_repetition(
     flat[where] = np.clip(penalised, -limit, limit)
 
 
-def warp(scores: NDArray[np.float32], params: Sequence[SamplingParams]) -> NDArray[np.float32]:
-    """Apply temperature, top-k, top-p and typical-p.
+def warp(
+    scores: NDArray[np.float32],
+    params: Sequence[SamplingParams],
+    rest: Sequence[float] | None = None,
+) -> NDArray[np.float32]:
+    """Apply temperature, top-k and top-p.
 
     Args:
         scores: [m, width] in the order of token ids, -inf for padding; each row without NaN and
-            with a finite maximum.
-        params: the m rows' parameters, with top_k <= width or enough candidates for it.
+            with a finite maximum. What is missing of a row must be sure to be dropped.
+        params: the m rows' parameters.
+        rest: [m], the mass of each row's missing tokens that top-p has to drop before any that are
+            here, where the likeliest token's mass is 1. Default: none.
 
     Returns:
         [m, width], -inf for tokens that cannot be chosen.
     """
-    scores = scores / _column(params, "temperature")
-    _apply(scores, params, [p.top_k > 0 for p in params], _top_k)
-    _apply(scores, params, [p.top_p < 1.0 for p in params], _top_p)
-    _apply(scores, params, [0.0 < p.typical_p < 1.0 for p in params], _typical_p)
+    width = scores.shape[1]
+    scores = np.divide(scores, _column([p.temperature for p in params]))
+    if any(p.top_k for p in params):
+        drop = _below_top_k(scores, [min(p.top_k, width) or width for p in params])
+        scores[drop] = -np.inf
+    if any(p.top_p < 1.0 for p in params):
+        drop = _outside_top_p(scores, params, np.array(rest or [0.0] * len(params))[:, None])
+        scores[drop] = -np.inf
+    return scores
+
+
+def warp_row(row: NDArray[np.float32], params: SamplingParams) -> NDArray[np.float32]:
+    """Apply all warpers to one whole row, [vocab]; see `warp`."""
+    scores: NDArray[np.float32] = warp(row[None], [params])[0]
+    if 0.0 < params.typical_p < 1.0:
+        scores[_untypical(scores, params.typical_p)] = -np.inf
     return scores
 
 
@@ -100,9 +119,7 @@ def softmax(scores: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
     Returns:
         [m, width] and [m, 2]: the maximum and log(sum(exp(score - maximum))), apart for precision.
     """
-    top = scores.max(axis=1, keepdims=True)
-    mass = np.exp(scores - top)
-    total = np.add.accumulate(mass, axis=1, dtype=np.float64)[:, -1:].astype(np.float32)
+    top, mass, total = _masses(scores, np.zeros((len(scores), 1)))
     return mass / total, np.concatenate([top, np.log(total)], axis=1)
 
 
@@ -114,61 +131,61 @@ def softmax_row(row: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[
     return mass / total, np.stack([top, np.log(total)])
 
 
-def _column(params: Sequence[SamplingParams], name: str) -> NDArray[np.float32]:
-    """One parameter of all rows: float32 [m, 1]."""
-    return np.array([[getattr(p, name)] for p in params], np.float32)
+def _masses(
+    scores: NDArray[np.float32], rest: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Each row's maximum, its tokens' masses (the likeliest's is 1), and their sum with rest."""
+    top = scores.max(axis=1, keepdims=True)
+    mass = np.exp(scores - top)
+    total = np.add.accumulate(mass, axis=1, dtype=np.float64)[:, -1:] + rest
+    return top, mass, total.astype(np.float32)
 
 
-def _apply(
-    scores: NDArray[np.float32],
-    params: Sequence[SamplingParams],
-    wanted: Sequence[bool],
-    warper: Callable[[NDArray[np.float32], Sequence[SamplingParams]], NDArray[np.bool_]],
-) -> None:
-    """Set to -inf what the warper drops, in the rows that want it."""
-    rows = [i for i, want in enumerate(wanted) if want]
-    if len(rows) == len(params):
-        scores[warper(scores, params)] = -np.inf
-    elif rows:
-        part = scores[rows]
-        part[warper(part, [params[i] for i in rows])] = -np.inf
-        scores[rows] = part
+def _column(values: Sequence[float]) -> NDArray[np.float32]:
+    """One number per row, [m, 1]."""
+    return np.array(values, np.float32)[:, None]
 
 
-def _top_k(scores: NDArray[np.float32], params: Sequence[SamplingParams]) -> NDArray[np.bool_]:
-    """Drop what is below the k-th highest score; ties stay."""
-    width = scores.shape[1]
-    last = np.array([[max(width - p.top_k, 0)] for p in params])
-    return scores < np.take_along_axis(np.sort(scores, axis=1), last, axis=1)
+def _below_top_k(scores: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.bool_]:
+    """What is below the k-th highest score; ties stay."""
+    last = scores.shape[1] - np.array(counts)[:, None]
+    return np.less(scores, np.take_along_axis(np.sort(scores, axis=1), last, axis=1))
 
 
-def _top_p(scores: NDArray[np.float32], params: Sequence[SamplingParams]) -> NDArray[np.bool_]:
-    """Drop the least likely tokens whose masses add up to at most 1 - p; never the likeliest."""
+def _outside_top_p(
+    scores: NDArray[np.float32], params: Sequence[SamplingParams], rest: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """The least likely tokens whose masses add up to at most 1 - p; never the likeliest."""
     order = _ascending(scores)
-    probs, _ = softmax(scores)
-    mass = _running_sum(np.take_along_axis(probs, order, axis=1))
-    drop = mass <= 1 - _column(params, "top_p")
+    _, mass, total = _masses(scores, rest)
+    probs = np.take_along_axis(mass / total, order, axis=1)
+    sums = np.add.accumulate(probs, axis=1, dtype=np.float64) + rest / total
+    cut = np.where(
+        _column([p.top_p for p in params]) < 1, 1 - _column([p.top_p for p in params]), -1
+    )
+    drop = sums.astype(np.float32) <= cut
     drop[:, -1] = False
-    return _undo(order, drop)
+    restored = np.empty_like(drop)
+    np.put_along_axis(restored, order, drop, axis=1)
+    return restored
 
 
-def _typical_p(scores: NDArray[np.float32], params: Sequence[SamplingParams]) -> NDArray[np.bool_]:
-    """Keep the tokens closest to the expected surprise until their masses reach p."""
-    probs, norm = softmax(scores)
-    surprise = -((scores - norm[:, :1]) - norm[:, 1:])
-    terms = np.where(probs > 0, surprise * probs, np.float32(0))
-    entropy = np.add.accumulate(terms, axis=1, dtype=np.float64)[:, -1:].astype(np.float32)
-    distance = abs(surprise - entropy)
-    order = _ascending(distance)
-    mass = _running_sum(np.take_along_axis(probs, order, axis=1))
-    reached = (mass < _column(params, "typical_p")).sum(axis=1, keepdims=True)
-    last = np.take_along_axis(order, np.minimum(reached, scores.shape[1] - 1), axis=1)
-    dropped: NDArray[np.bool_] = distance > np.take_along_axis(distance, last, axis=1)
+def _untypical(row: NDArray[np.float32], mass: float) -> NDArray[np.bool_]:
+    """All but the tokens closest to the expected surprise whose masses reach p.
+
+    Neighbours in that order differ by about one unit in the last place, so that entropy and
+    surprise are computed by the very operators that TGIS uses.
+    """
+    logprobs = torch.from_numpy(row).log_softmax(-1)
+    terms = logprobs * logprobs.exp()
+    # torch sums more than this in parallel, and then by an order that the threads decide.
+    entropy = -sum(part.nansum() for part in torch.split(terms, 32767))
+    distance = (-logprobs - entropy).abs().numpy()
+    order = _ascending(distance[None])[0]
+    sums = np.add.accumulate(softmax_row(row)[0][order], dtype=np.float64).astype(np.float32)
+    reached = int((sums < np.float32(mass)).sum())
+    dropped: NDArray[np.bool_] = distance > distance[order[min(reached, len(row) - 1)]]
     return dropped
-
-
-def _running_sum(masses: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.add.accumulate(masses, axis=1, dtype=np.float64).astype(np.float32)
 
 
 def _ascending(values: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -178,10 +195,3 @@ def _ascending(values: NDArray[np.float32]) -> NDArray[np.int64]:
     keys |= np.arange(values.shape[1])
     keys.sort(axis=1)
     return keys & 0xFFFFFFFF
-
-
-def _undo(order: NDArray[np.int64], flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Bring flags of sorted columns back to the columns' own places."""
-    restored = np.empty_like(flags)
-    np.put_along_axis(restored, order, flags, axis=1)
-    return restored
