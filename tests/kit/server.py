@@ -121,14 +121,21 @@ def scrubbed_environment(home: Path) -> dict[str, str]:
 
 
 def start_server(
-    model: Path | str, directory: Path, *flags: str, env: dict[str, str] | None = None
+    model: Path | str,
+    directory: Path,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    grpc_port: int | None = None,
+    http_port: int | None = None,
 ) -> Server:
     """Start `tgis serve` for a model; returns at once.
 
     Args:
         directory: where the log goes; also its HOME.
+        grpc_port: None for any free one, as `http_port`.
     """
-    grpc_port, http_port = free_ports(2)
+    free = free_ports(2)
+    grpc_port, http_port = grpc_port or free[0], http_port or free[1]
     command = [sys.executable, "-m", "tgis.cli.main", "serve", str(model), "--dtype", "float32"]
     command += ["--grpc-port", str(grpc_port), "--port", str(http_port), *flags]
     log_path = directory / "server.log"

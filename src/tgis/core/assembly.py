@@ -1,7 +1,6 @@
 """Putting the core together: engine, memory, scheduler, sampler, loop."""
 
 import logging
-import os
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ from tgis.core.link import FrontLink
 from tgis.core.loop import Core, Pulse
 from tgis.core.memory import kv_capacity
 from tgis.core.scheduler import Scheduler
+from tgis.core.threads import choose_threads
 from tgis.engines.base import CacheShape
 from tgis.engines.registry import load_engine
 from tgis.sampling import Sampler
@@ -39,7 +39,9 @@ def assemble(
         ConfigError: the settings do not fit the model or the machine.
     """
     config, files = boot.config, boot.files
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    threads, why = choose_threads(config.threads, files)
+    log.info("computing with %d threads: %s", threads, why)
+    torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     limits = effective_limits(config, files)
     engine = load_engine(config, files, progress)

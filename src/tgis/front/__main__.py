@@ -11,9 +11,10 @@ import uvloop
 from tgis.config import effective_limits
 from tgis.control import Alive, Boot, Channel, Drain, Fatal, Serving, ToChild, open_child
 from tgis.errors import StartupError
-from tgis.front import grpc_server, http_api
+from tgis.front import http_api
 from tgis.front.accounts import Accounts
 from tgis.front.grpc_api import GenerationService
+from tgis.front.grpc_server import GENERATION_SERVICE, GrpcServer
 from tgis.front.health import Health, State
 from tgis.front.intake import Intake
 from tgis.front.link import CoreLink
@@ -21,7 +22,6 @@ from tgis.front.params import Limits
 from tgis.front.streams import Streams
 from tgis.front.tokenize import TextTokenizer
 from tgis.observe import logs, metrics
-from tgis.proto.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from tgis.text.detokenize import Detokenizer
 
 log = logging.getLogger("tgis.front")
@@ -64,9 +64,9 @@ async def serve(channel: Channel[ToChild], boot: Boot) -> None:
     service = GenerationService(
         intake, streams, tokenizer, Accounts(registry), files.kind, limits
     )
-    server = grpc_server.make_server(config)
-    add_GenerationServiceServicer_to_server(service, server.grpc)
-    grpc_port = await server.start(config.host, config.grpc_port)
+    server = GrpcServer(config)
+    server.add_service(GENERATION_SERVICE, service)
+    grpc_port = await server.start()
     app = http_api.make_app(health, link, registry)
     runner, http_port = await http_api.start(app, config.host, config.port)
 

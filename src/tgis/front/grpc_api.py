@@ -9,26 +9,21 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
-import grpc
-
 from tgis.errors import InvalidRequest
 from tgis.front.accounts import Accounts
-from tgis.front.grpc_server import rpc, stream_rpc
 from tgis.front.intake import Input, Intake, refuse_adapters
 from tgis.front.streams import Answer, Piece, Stream, Streams
 from tgis.front.tokenize import TextTokenizer
 from tgis.front.params import Limits
+from tgis.front.rpc import Context
 from tgis.proto import generation_pb2 as pb
-from tgis.proto.generation_pb2_grpc import GenerationServiceServicer
 from tgis.types import FinishReason, ModelKind, TokenDetails, TokenOut
-
-Context = grpc.aio.ServicerContext  # type: ignore[type-arg]
 
 _NO_DETAILS = TokenDetails()
 
 
-class GenerationService(GenerationServiceServicer):
-    """`fmaas.GenerationService`."""
+class GenerationService:
+    """`fmaas.GenerationService`; errors become statuses in `tgis.front.rpc`."""
 
     def __init__(
         self,
@@ -46,7 +41,6 @@ class GenerationService(GenerationServiceServicer):
         self._kind = kind
         self._limits = limits
 
-    @rpc
     async def Generate(  # noqa: N802
         self, request: pb.BatchedGenerationRequest, context: Context
     ) -> pb.BatchedGenerationResponse:
@@ -71,7 +65,6 @@ class GenerationService(GenerationServiceServicer):
                 ]
             )
 
-    @stream_rpc
     async def GenerateStream(  # noqa: N802
         self, request: pb.SingleGenerationRequest, context: Context
     ) -> AsyncIterator[pb.GenerationResponse]:
@@ -86,7 +79,6 @@ class GenerationService(GenerationServiceServicer):
                 async for message in self._messages(item, stream):
                     yield message
 
-    @rpc
     async def Tokenize(  # noqa: N802
         self, request: pb.BatchedTokenizeRequest, context: Context
     ) -> pb.BatchedTokenizeResponse:
@@ -119,7 +111,6 @@ class GenerationService(GenerationServiceServicer):
             ]
         )
 
-    @rpc
     async def ModelInfo(  # noqa: N802
         self, request: pb.ModelInfoRequest, context: Context
     ) -> pb.ModelInfoResponse:

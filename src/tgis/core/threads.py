@@ -1,0 +1,31 @@
+"""How many threads compute the model."""
+
+import os
+from pathlib import Path
+
+from tgis.types import ModelFiles
+
+# A step over less is so short that waiting for the slowest thread costs more than sharing saves;
+# on a busy machine it costs a time slice of the scheduler.
+SMALL_MODEL_BYTES = 64 << 20
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores(cpu_max: Path = _CPU_MAX) -> int:
+    """Cores that this process may use: its affinity, or less by a cgroup's quota (v2)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def choose_threads(setting: int | None, files: ModelFiles) -> tuple[int, str]:
+    """The number of threads, and why, for the log."""
+    if setting is not None:
+        return setting, "asked for"
+    size = sum((Path(files.path) / name).stat().st_size for name in files.weights)
+    if size < SMALL_MODEL_BYTES:
+        return 1, "the model is small"
+    return usable_cores(), "one for each usable core"
