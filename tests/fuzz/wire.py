@@ -16,7 +16,7 @@ from collections import Counter
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
-from tests.fuzz.messages import Messages
+from tests.fuzz.messages import BYTES, Messages, sized, tag
 from tests.fuzz.validation import make_message
 
 from tgis.proto import generation_pb2 as pb
@@ -24,19 +24,34 @@ from tgis.proto import generation_pb2 as pb
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 EXPECTED = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
 TIMEOUT = 120.0  # seconds for one call
+REQUEST_NUMBER = pb.SingleGenerationRequest.REQUEST_FIELD_NUMBER  # as in a batch
+TOKENIZE_NUMBER = pb.BatchedTokenizeRequest.REQUESTS_FIELD_NUMBER
 METHODS = ("Generate", "GenerateStream", "Tokenize", "ModelInfo")
 WEIGHTS = (45, 45, 9, 1)
 
 
+TEXTS = [b"Once upon a time", b"", b"a" * 200, "né🙂".encode(), b"\0\n"]
+
+
 def draw(messages: Messages) -> tuple[str, bytes]:
-    """A method and a body for it."""
-    (name,) = messages.rng.choices(METHODS, WEIGHTS)
+    """A method and a body for it, which mostly has an input."""
+    rng = messages.rng
+    (name,) = rng.choices(METHODS, WEIGHTS)
     kind = SERVICE.methods_by_name[name].input_type
     if name.startswith("Generate"):
-        body = make_message(messages, GetMessageClass(kind))
+        body = _input(rng, pb.GenerationRequest.TEXT_FIELD_NUMBER, REQUEST_NUMBER)
+        body += make_message(messages, GetMessageClass(kind))
     else:
-        body = messages.message(kind, fill=0.7)
-    return name, messages.damaged(body) if messages.rng.random() < 0.1 else body
+        body = messages.message(kind, fill=0.2)
+        if name == "Tokenize":
+            body += _input(rng, pb.TokenizeRequest.TEXT_FIELD_NUMBER, TOKENIZE_NUMBER)
+    return name, messages.damaged(body) if rng.random() < 0.1 else body
+
+
+def _input(rng: random.Random, text_number: int, number: int) -> bytes:
+    if rng.random() < 0.1:
+        return b""
+    return tag(number, BYTES) + sized(tag(text_number, BYTES) + sized(rng.choice(TEXTS)))
 
 
 async def send(channel: grpc.aio.Channel, name: str, body: bytes) -> str:
@@ -70,8 +85,8 @@ async def run(channel: grpc.aio.Channel, count: int, seed: int, concurrency: int
             name, body = draw(messages)
             try:
                 outcomes[f"{name} {await send(channel, name, body)}"] += 1
-            except Exception:
-                print(f"message {number} of seed {seed}, {name}: {body.hex()}")
+            except Exception as error:
+                error.add_note(f"message {number} of seed {seed}, {name}: {body.hex()}")
                 raise
 
     async with asyncio.TaskGroup() as group:
@@ -84,7 +99,10 @@ async def run(channel: grpc.aio.Channel, count: int, seed: int, concurrency: int
 async def _main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     async with grpc.aio.insecure_channel(args.server) as channel:
-        outcomes = await run(channel, args.count, args.seed, args.concurrency)
+        try:
+            outcomes = await run(channel, args.count, args.seed, args.concurrency)
+        except ExceptionGroup as errors:  # those who failed while the first was reported
+            raise errors.exceptions[0] from None
     for outcome, times in sorted(outcomes.items()):
         print(f"{times:9}  {outcome}")
     print(f"{args.count} calls in {time.perf_counter() - start:.1f} s, nothing unexpected")
