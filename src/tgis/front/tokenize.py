@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from tgis.errors import GenerationFailed, InvalidRequest, ModelError
-from tgis.hub.tokenizer_settings import read_tokenizer_settings
+from tgis.hub.tokenizer_settings import kept_bos
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -93,8 +93,7 @@ class TextTokenizer:
             )
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        settings = read_tokenizer_settings(directory)
-        bos = settings.kept_bos if add_special_tokens else None
+        bos = kept_bos(directory) if add_special_tokens else None
         return cls(
             tokenizer,
             workers=workers,

@@ -13,15 +13,16 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+
+from tokenizers import Tokenizer
 
 from tgis.errors import ModelError
-from tgis.hub.tokenizer_settings import read_tokenizer_settings
+from tgis.hub.sentencepiece_bpe import build_bpe
+from tgis.hub.tokenizer_settings import kept_bos
 
-_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
-_VOCABULARIES = (*_SENTENCEPIECE, "vocab.json", "vocab.txt")
+_SENTENCEPIECE = ("spiece.model", "sentencepiece.bpe.model", "spm.model")
+_VOCABULARIES = ("tokenizer.model", *_SENTENCEPIECE, "vocab.json", "vocab.txt")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
-_GENERIC_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 _TIMEOUT = 600.0  # seconds; the largest vocabularies take a minute
 
 
@@ -84,27 +85,34 @@ def convert(model_dir: Path, target: Path, trust_remote_code: bool) -> None:
         raise ModelError(f"cannot make tokenizer.json from the files in {model_dir}: {cause}")
 
 
-def _load(source: str, trust_remote_code: bool) -> Any:
-    """Load a tokenizer with transformers, in the class that its model's type calls for."""
-    import transformers
+def _load(source: Path, trust_remote_code: bool) -> Tokenizer:
+    """Make a fast tokenizer.
 
-    settings = read_tokenizer_settings(Path(source))
-    loader: Any = transformers.AutoTokenizer
-    if settings.usual_class and settings.class_name in _GENERIC_CLASSES:
-        loader = getattr(transformers, settings.usual_class)
-    options = {"add_bos_token": True} if settings.kept_bos else {}
-    return loader.from_pretrained(
-        source, local_files_only=True, trust_remote_code=trust_remote_code, **options
+    Raises:
+        ModelError: the model's class has none.
+        Exception: whatever a library or the model's own code raises.
+    """
+    if (source / "tokenizer.model").is_file() and (built := build_bpe(source)) is not None:
+        return built
+    from transformers import AutoTokenizer
+
+    options = {"add_bos_token": True} if kept_bos(source) else {}
+    loaded = AutoTokenizer.from_pretrained(
+        str(source), local_files_only=True, trust_remote_code=trust_remote_code, **options
     )
+    if not loaded.is_fast:
+        raise ModelError(f"{type(loaded).__name__} has no fast version")
+    tokenizer: Tokenizer = loaded.backend_tokenizer
+    return tokenizer
 
 
-def _check_size(source: str, num_tokens: int) -> None:
+def _check_size(source: Path, num_tokens: int) -> None:
     """Refuse what transformers makes up where it finds no vocabulary.
 
     Raises:
         ModelError: the model has far more tokens.
     """
-    path = Path(source, "config.json")
+    path = source / "config.json"
     wanted = json.loads(path.read_bytes()).get("vocab_size") if path.is_file() else None
     if isinstance(wanted, int) and 2 * num_tokens < wanted:
         raise ModelError(f"they give {num_tokens} tokens, but the model has {wanted}")
@@ -113,11 +121,9 @@ def _check_size(source: str, num_tokens: int) -> None:
 def main(source: str, target: str, *flags: str) -> int:
     """Convert in this process; the cause of a failure goes to stdout, as one line."""
     try:
-        tokenizer = _load(source, "--trust-remote-code" in flags)
-        if not tokenizer.is_fast:
-            raise ModelError(f"{type(tokenizer).__name__} has no fast version")
-        _check_size(source, tokenizer.backend_tokenizer.get_vocab_size())
-        tokenizer.backend_tokenizer.save(target)
+        tokenizer = _load(Path(source), "--trust-remote-code" in flags)
+        _check_size(Path(source), tokenizer.get_vocab_size())
+        tokenizer.save(target)
     except Exception as error:  # whatever a library or the model's own code raises
         print(" ".join(f"{type(error).__name__}: {error}".split())[:500])
         return 1

@@ -6,7 +6,7 @@ is an attribute of some tokenizer classes only: for the others the files may say
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tgis.errors import ModelError
 
@@ -31,35 +31,23 @@ _CLASS_OF_MODEL = {
 }
 
 
-class TokenizerSettings(NamedTuple):
-    """A tokenizer as its model's files describe it."""
-
-    class_name: str | None  # as named; None if they do not name one
-    usual_class: str | None  # of models of this type; None if unknown
-    kept_bos: str | None  # the BOS token, if a truncated input keeps it
-
-
-def read_tokenizer_settings(directory: Path) -> TokenizerSettings:
-    """Read the configuration files of a model, which may all be missing.
+def kept_bos(directory: Path) -> str | None:
+    """Return the BOS token if a truncated input keeps it; the files may all be missing.
 
     Raises:
         ModelError: one is no JSON object.
     """
     settings = _read_json(directory / "tokenizer_config.json")
-    class_name = settings.get("tokenizer_class")
-    usual_class = _CLASS_OF_MODEL.get(str(_read_json(directory / "config.json").get("model_type")))
-    adds_bos, usual_bos = _BOS.get(str(class_name or usual_class).removesuffix("Fast"), (None, ""))
-    if adds_bos is not None:
-        adds_bos = settings.get("add_bos_token", adds_bos)
+    model_type = str(_read_json(directory / "config.json").get("model_type"))
+    class_name = settings.get("tokenizer_class") or _CLASS_OF_MODEL.get(model_type)
+    if (usual := _BOS.get(str(class_name).removesuffix("Fast"))) is None:
+        return None
+    adds_bos, usual_bos = usual
     special = _read_json(directory / "special_tokens_map.json")
     bos = settings.get("bos_token") or special.get("bos_token") or usual_bos
     if isinstance(bos, dict):
         bos = bos.get("content")
-    return TokenizerSettings(
-        class_name if isinstance(class_name, str) else None,
-        usual_class,
-        bos if adds_bos and isinstance(bos, str) else None,
-    )
+    return bos if settings.get("add_bos_token", adds_bos) and isinstance(bos, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
