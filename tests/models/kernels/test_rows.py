@@ -86,3 +86,45 @@ def test_nan_stays_nan(native: ModuleType, dtype: torch.dtype) -> None:
 def test_wrong_arguments_are_refused(native, name, arguments) -> None:
     with pytest.raises(ValueError, match=r"must|rows|even"):
         getattr(native, name)(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 20), (9, 1000), (20, 2048)], ids=str)
+def test_quantize_rows(native, dtype, generator, shape) -> None:
+    x = (torch.randn(shape, generator=generator) * 3).to(dtype)
+    if shape[0] > 1:
+        x[1] = 0
+    q, scale = native.quantize_rows(x)
+    expected_q, expected_scale = reference.quantize_rows(x)
+    torch.testing.assert_close(scale, expected_scale)
+    # a value half way between two integers may go either way
+    assert ((q.int() - expected_q.int()).abs() <= 1).all()
+    assert ((x.float() - q * scale[:, None]).abs() <= 0.5001 * scale[:, None]).all()
+    assert (q[scale > 0].abs().amax(1) == 127).all()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_scale_rows(native, dtype, generator, with_bias) -> None:
+    x = torch.randn((33, 600), generator=generator).to(dtype)
+    scale = torch.rand(33, generator=generator)
+    bias = torch.randn(600, generator=generator).to(dtype) if with_bias else None
+    expected = reference.scale_rows_(x.clone(), scale, bias)
+    assert native.scale_rows_(x, scale, bias) is x
+    close(x, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (2, 16), (5, 32003)], ids=str)
+def test_argmax(native, dtype, generator, shape) -> None:
+    x = torch.randn(shape, generator=generator).to(dtype)  # bfloat16 has many equals
+    assert torch.equal(native.argmax(x), reference.argmax(x))
+
+
+def test_argmax_of_odd_rows(native, dtype) -> None:
+    x = torch.zeros((5, 40), dtype=dtype)
+    x[0] = float("-inf")
+    x[1, 39] = 1e-30
+    x[2, 38] = float("inf")
+    x[3, 21] = x[3, 30] = float("nan")
+    x[4, 5:8] = 3.0
+    assert native.argmax(x).tolist() == [0, 39, 38, 21, 5]
+    with pytest.raises(ValueError, match="columns"):
+        native.argmax(x[:, :0])

@@ -8,17 +8,32 @@ use is decided when this package is imported.
 from tgis.models.kernels.build import BuildError, cpu_target
 
 try:
-    from tgis.models.kernels.native import act, act_mul, attention, layer_norm, rms_norm, rope_store
+    from tgis.models.kernels.native import (
+        act,
+        act_mul,
+        argmax,
+        attention,
+        few_rows_linear,
+        layer_norm,
+        quantize_rows,
+        rms_norm,
+        rope_store,
+        scale_rows_,
+    )
 
     _DESCRIPTION = f"C kernels ({cpu_target().name})"
 except (BuildError, OSError) as error:
     from tgis.models.kernels.reference import (
         act,
         act_mul,
+        argmax,
         attention,
+        few_rows_linear,
         layer_norm,
+        quantize_rows,
         rms_norm,
         rope_store,
+        scale_rows_,
     )
 
     _DESCRIPTION = f"PyTorch instead of C kernels: {error}"
@@ -26,11 +41,15 @@ except (BuildError, OSError) as error:
 __all__ = [
     "act",
     "act_mul",
+    "argmax",
     "attention",
     "describe",
+    "few_rows_linear",
     "layer_norm",
+    "quantize_rows",
     "rms_norm",
     "rope_store",
+    "scale_rows_",
 ]
 
 

@@ -41,6 +41,12 @@ def _kernel(name: str, fields: str) -> Callable[..., None]:
 _norm = _kernel("tgis_norm", "ppppp iii ii d")
 _activation = _kernel("tgis_activation", "pp iii iii")
 _rope_store = _kernel("tgis_rope_store", "p pp p pp pp pp iiii iiii ii ii d")
+_HAS_AMX = bool(_LIBRARY.tgis_amx(None))  # built for it, and the operating system lets us
+_quantize_rows = _kernel("tgis_quantize_rows", "ppp iiii")
+_scale_rows = _kernel("tgis_scale_rows", "ppp iii")
+_argmax = _kernel("tgis_argmax", "pp iiii")
+_linear_bf16 = _kernel("tgis_linear_bf16", "ppppp iii")
+_linear_int8 = _kernel("tgis_linear_int8", "ppppp iii")
 _attention = _kernel("tgis_attention", "pppp ppp pp iii iii ii ii i i i dd")
 
 
@@ -252,3 +258,72 @@ def attention(
         softcap,
     )
     return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.quantize_rows`."""
+    _rows(x, "x")
+    rows, cols = x.shape
+    q = torch.empty((rows, cols), dtype=torch.int8)
+    scale = torch.empty(rows)
+    _quantize_rows(
+        x.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, cols, x.stride(0), _flag(x, "x")
+    )
+    return q, scale
+
+
+def scale_rows_(x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `reference.scale_rows_`."""
+    rows, cols = x.shape
+    _scale_rows(
+        _like(x, "x", (rows, cols), x.dtype),
+        _like(scale, "scale", (rows,), torch.float32),
+        _like(bias, "bias", (cols,), x.dtype),
+        rows,
+        cols,
+        _flag(x, "x"),
+    )
+    return x
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """See `reference.argmax`."""
+    _rows(logits, "logits")
+    rows, cols = logits.shape
+    if cols == 0:
+        raise ValueError("logits must have columns")
+    out = torch.empty(rows, dtype=torch.int64)
+    _argmax(
+        logits.data_ptr(), out.data_ptr(), rows, cols, logits.stride(0), _flag(logits, "logits")
+    )
+    return out
+
+
+def few_rows_linear(
+    address: int, out_features: int, in_features: int, scale: Tensor | None, bias: Tensor | None
+) -> Callable[[Tensor], Tensor] | None:
+    """See `reference.few_rows_linear`."""
+    if not _HAS_AMX:
+        return None
+    run = _linear_bf16 if scale is None else _linear_int8
+    scale_address = _like(scale, "scale", (out_features,), torch.float32)
+    bias_address = _like(bias, "bias", (out_features,), torch.bfloat16)
+
+    def linear(x: Tensor) -> Tensor:
+        rows, cols = x.shape
+        if cols != in_features or x.dtype != torch.bfloat16 or not x.is_contiguous():
+            raise ValueError(f"x must be contiguous bfloat16 [rows, {in_features}]")
+        out = torch.empty((rows, out_features), dtype=torch.bfloat16)
+        run(
+            x.data_ptr(),
+            address,
+            scale_address,
+            bias_address,
+            out.data_ptr(),
+            rows,
+            in_features,
+            out_features,
+        )
+        return out
+
+    return linear

@@ -211,3 +211,44 @@ def attention(
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         out[rows] = (weights @ values).transpose(0, 1).to(q.dtype)
     return out.view(tokens, -1)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [T, K] of bfloat16 or float32 as int8, symmetric: x is about q * scale.
+
+    Returns:
+        q [T, K] int8 in -127 .. 127, and scale [T] float32 = max |x| / 127 of each row.
+    """
+    values = x.float()
+    most = values.abs().amax(-1, keepdim=True) if x.shape[1] else values.new_zeros(len(x), 1)
+    inverse = torch.where(most > 0, 127.0 / most, 0.0)
+    return (values * inverse).round().to(torch.int8), (most / 127.0).squeeze(1)
+
+
+def scale_rows_(x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] * scale [T] + bias [K], in place; returns x."""
+    scaled = x.float() * scale[:, None]
+    return x.copy_(scaled if bias is None else scaled + bias.float())
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The first index of each row's largest element, int64 [N], of [N, V]; a NaN counts as it."""
+    if logits.shape[1] == 0:
+        raise ValueError("logits must have columns")
+    return logits.argmax(-1)
+
+
+def few_rows_linear(
+    address: int, out_features: int, in_features: int, scale: Tensor | None, bias: Tensor | None
+) -> Callable[[Tensor], Tensor] | None:
+    """A layer for few rows of bfloat16 on weights that oneDNN has packed (`linear`).
+
+    Args:
+        address: of the pack, which the caller keeps alive, as it keeps `scale` and `bias`.
+        scale: [out_features] float32 for int8 weights; None for bfloat16 ones.
+        bias: [out_features] bfloat16, or None.
+
+    Returns:
+        x [T, in_features] -> [T, out_features]; None where there is no such kernel, as in PyTorch.
+    """
+    return None

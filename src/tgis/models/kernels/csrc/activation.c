@@ -1,8 +1,6 @@
 // Activations, alone or gated (act(gate) * up, gate and up side by side in a row), in one pass.
 
-#include "vec.h"
-
-enum activation { SILU, GELU, GELU_TANH, RELU };
+#include "activation.h"
 
 struct activation_args {
   const void *x;
@@ -10,19 +8,6 @@ struct activation_args {
   int64_t rows, cols, stride;  // cols: of out; stride: elements between rows of x
   int64_t kind, gated, bf16;
 };
-
-INLINE vf activate(vf x, int kind) {
-  switch (kind) {
-    case SILU:
-      return x / (1.0f + vexp(-x));
-    case GELU:
-      return 0.5f * x * (1.0f + verf(x * 0.70710678f));
-    case GELU_TANH:
-      return 0.5f * x * (1.0f + vtanh(0.79788456f * (x + 0.044715f * x * x * x)));
-    default:
-      return vmax(x, splat(0));
-  }
-}
 
 // Columns lo .. hi of one row: few rows are cut into column ranges, so that every thread has work.
 INLINE void span(const struct activation_args *a, int64_t row, int64_t lo, int64_t hi, int kind,

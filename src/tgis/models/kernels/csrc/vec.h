@@ -22,7 +22,7 @@
 
 #define MAX_HEAD_DIM 256
 
-enum error { ERROR_MEMORY = -1, ERROR_INDEX = -2 };
+enum error { ERROR_MEMORY = -1, ERROR_INDEX = -2, ERROR_UNSUPPORTED = -3 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))

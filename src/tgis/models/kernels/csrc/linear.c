@@ -1,0 +1,197 @@
+// Linear layers for few rows on AMX tiles: the weights stream through once, at memory speed.
+//
+// Reads oneDNN's own packed weights, so that oneDNN serves many rows from the same memory:
+//   bfloat16  [out / 32][in / 2][32][2]      int8  [out / 64][in / 4][64][4]
+// The caller has checked that the pack is that. For more than a few dozen rows arithmetic, not
+// memory, is the limit, and oneDNN's blocking for caches wins.
+
+#include <stdlib.h>
+
+#include "quantize.h"
+
+struct linear_args {
+  const void *x;         // rows x in: bfloat16
+  const void *weight;    // packed
+  const float *w_scale;  // per output feature, of int8 weights
+  const void *bias;      // null, or out_features: bfloat16
+  void *out;             // rows x out_features: bfloat16
+  int64_t rows, in, out_features;
+};
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_XTILEDATA 18
+#define BLOCK_ROWS 32      // rows of x at a time: two tiles
+#define PREFETCH 8192      // bytes ahead
+
+// 1 where the operating system lets this process use AMX tiles.
+EXPORT int tgis_amx(const void *unused) {
+  (void)unused;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
+// Tiles 0, 1: sums of the first 16 rows by 2 x 16 outputs; 2, 3: of the next 16 rows. 4, 5: x of
+// these rows; 6, 7: weights.
+static void configure(int64_t rows) {
+  struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } config = {.palette = 1};
+  const uint8_t first = min64(rows, 16), second = max64(rows - 16, 1);
+  const uint8_t tile_rows[8] = {first, first, second, second, first, second, 16, 16};
+  for (int i = 0; i < 8; i++) {
+    config.row_bytes[i] = 64;
+    config.rows[i] = tile_rows[i];
+  }
+  _tile_loadconfig(&config);
+}
+
+INLINE void prefetch(const char *p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+}
+
+// Sums of up to 32 rows by 32 outputs over all of `in`. A step takes 64 bytes of each row of x, and
+// 16 rows of weights, which lie `stride` bytes apart.
+INLINE void tile_sums(const char *x, int64_t x_stride, const char *w, int64_t stride,
+                      int64_t steps, int two, int int8, void *sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (two) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < steps; k++, x += 64, w += 16 * stride) {
+    prefetch(w + PREFETCH, 16 * stride);
+    _tile_loadd(4, x, x_stride);
+    if (two) _tile_loadd(5, x + 16 * x_stride, x_stride);
+    _tile_loadd(6, w, stride);
+    _tile_loadd(7, w + 64, stride);
+    if (int8) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      if (two) {
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      }
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (two) {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, (char *)sums + 64, 128);
+  if (two) {
+    _tile_stored(2, (char *)sums + 16 * 128, 128);
+    _tile_stored(3, (char *)sums + 16 * 128 + 64, 128);
+  }
+}
+
+// What one product reads: the same for all threads.
+struct operands {
+  const char *x;         // rows x in, of bfloat16 or int8
+  const float *x_scale;  // per row, of int8
+  int64_t row_bytes;
+};
+
+// Scales, bias: from the sums to `out`.
+INLINE void finish(const struct linear_args *a, const struct operands *o, int32_t sums[][32],
+                   int64_t row, int64_t rows, int64_t col, int int8) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < 32; c += VL) {
+      vf y;
+      if (int8) {
+        vi s;
+        memcpy(&s, &sums[r][c], sizeof s);
+        y = __builtin_convertvector(s, vf) * o->x_scale[row + r] * load(a->w_scale + col + c, 0);
+      } else {
+        y = load(&sums[r][c], 0);
+      }
+      if (a->bias) y += load(at(a->bias, col + c, 1), 1);
+      store((char *)at(a->out, (row + r) * a->out_features + col + c, 1), y, 1);
+    }
+}
+
+// One block of the packed weights, for all rows. Returns the rows that the tiles are set up for.
+INLINE int64_t block(const struct linear_args *a, const struct operands *o, int64_t b,
+                     int64_t configured, int int8) {
+  const int64_t width = int8 ? 64 : 32, steps = o->row_bytes / 64;
+  for (int64_t row = 0; row < a->rows; row += BLOCK_ROWS) {
+    const int64_t rows = min64(BLOCK_ROWS, a->rows - row);
+    const char *x = o->x + row * o->row_bytes;
+    if (rows != configured) configure(configured = rows);
+    for (int64_t half = 0; half < width; half += 32) {
+      int32_t sums[BLOCK_ROWS][32] __attribute__((aligned(64)));
+      const char *w = (const char *)a->weight + b * width * o->row_bytes + half * 4;
+      if (rows > 16)
+        tile_sums(x, o->row_bytes, w, width * 4, steps, 1, int8, sums);
+      else
+        tile_sums(x, o->row_bytes, w, width * 4, steps, 0, int8, sums);
+      finish(a, o, sums, row, rows, b * width + half, int8);
+    }
+  }
+  return configured;
+}
+
+// Threads take runs of blocks as they come to them: one that is held up holds up nobody else.
+EXPORT int tgis_linear_bf16(const struct linear_args *args) {
+  const struct linear_args a = *args;
+  const struct operands o = {a.x, NULL, a.in * 2};
+  const int64_t blocks = a.out_features / 32, chunk = max64(1, blocks / 16);
+#pragma omp parallel
+  {
+    int64_t configured = 0;
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t b = 0; b < blocks; b++) configured = block(&a, &o, b, configured, 0);
+    if (configured) _tile_release();
+  }
+  return 0;
+}
+
+EXPORT int tgis_linear_int8(const struct linear_args *args) {
+  const struct linear_args a = *args;
+  float *scale = malloc(a.rows * (sizeof *scale + a.in));
+  if (!scale) return ERROR_MEMORY;
+  int8_t *q = (int8_t *)(scale + a.rows);
+  const struct operands o = {(const char *)q, scale, a.in};
+  const int64_t blocks = a.out_features / 64, chunk = max64(1, blocks / 16);
+#pragma omp parallel
+  {
+    int64_t configured = 0;
+#pragma omp for
+    for (int64_t r = 0; r < a.rows; r++)
+      scale[r] = quantize_row(at(a.x, r * a.in, 1), q + r * a.in, a.in, 1);
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t b = 0; b < blocks; b++) configured = block(&a, &o, b, configured, 1);
+    if (configured) _tile_release();
+  }
+  free(scale);
+  return 0;
+}
+
+#else
+
+EXPORT int tgis_amx(const void *unused) {
+  (void)unused;
+  return 0;
+}
+
+EXPORT int tgis_linear_bf16(const struct linear_args *args) {
+  (void)args;
+  return ERROR_UNSUPPORTED;
+}
+
+EXPORT int tgis_linear_int8(const struct linear_args *args) {
+  (void)args;
+  return ERROR_UNSUPPORTED;
+}
+
+#endif

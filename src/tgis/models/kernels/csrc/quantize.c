@@ -1,0 +1,49 @@
+// Dynamic quantisation of activations, and its undoing where the product was left unscaled.
+
+#include "quantize.h"
+
+struct quantize_args {
+  const void *x;  // rows x cols, `stride` elements apart
+  int8_t *q;      // rows x cols
+  float *scale;   // rows
+  int64_t rows, cols, stride, bf16;
+};
+
+EXPORT int tgis_quantize_rows(const struct quantize_args *args) {
+  const struct quantize_args a = *args;
+#pragma omp parallel for if (a.rows > 1 && a.rows * a.cols > 16384)
+  for (int64_t r = 0; r < a.rows; r++) {
+    const void *x = at(a.x, r * a.stride, a.bf16);
+    int8_t *q = a.q + r * a.cols;
+    a.scale[r] = a.bf16 ? quantize_row(x, q, a.cols, 1) : quantize_row(x, q, a.cols, 0);
+  }
+  return 0;
+}
+
+struct scale_args {
+  void *x;             // rows x cols, in place
+  const float *scale;  // rows
+  const void *bias;    // null, or cols
+  int64_t rows, cols, bf16;
+};
+
+INLINE void scale_row(const struct scale_args *a, int64_t row, int bf16) {
+  void *x = (char *)at(a->x, row * a->cols, bf16);
+  for (int64_t i = 0; i < a->cols; i += VL) {
+    vf v = load_at(x, i, a->cols, bf16) * a->scale[row];
+    if (a->bias) v += load_at(a->bias, i, a->cols, bf16);
+    store_at(x, i, a->cols, v, bf16);
+  }
+}
+
+EXPORT int tgis_scale_rows(const struct scale_args *args) {
+  const struct scale_args a = *args;
+#pragma omp parallel for if (a.rows > 1 && a.rows * a.cols > 16384)
+  for (int64_t r = 0; r < a.rows; r++) {
+    if (a.bf16)
+      scale_row(&a, r, 1);
+    else
+      scale_row(&a, r, 0);
+  }
+  return 0;
+}
