@@ -39,6 +39,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -175,7 +177,7 @@ def _read_index(index: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         files = {str(name): index.parent / Path(file).name for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _MALFORMED as error:
         raise ModelError(f"{index} is not an index of safetensors files: {error!r}") from None
     for file in sorted(set(files.values())):
         if not file.is_file():
@@ -203,7 +205,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         infos = {name: _info(file, 8 + length, entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _MALFORMED as error:
         raise ModelError(f"{file} has a broken safetensors header: {error!r}") from None
     for name, info in infos.items():
         _check(name, info, data_start=8 + length, file_size=size)
@@ -225,12 +227,12 @@ def _check(name: str, info: TensorInfo, data_start: int, file_size: int) -> None
         num_bytes *= size
     if min(info.shape, default=0) < 0 or info.stop - info.start != num_bytes:
         raise ModelError(
-            f"{info.file}: tensor {name} of shape {list(info.shape)} needs {num_bytes} bytes,"
+            f"{info.file}: tensor {name!r} of shape {list(info.shape)} needs {num_bytes} bytes,"
             f" but the header gives it {info.stop - info.start}"
         )
     if info.start < data_start or info.stop > file_size:
         raise ModelError(
-            f"{info.file} is truncated: tensor {name} ends at byte {info.stop}"
+            f"{info.file} is truncated: tensor {name!r} ends at byte {info.stop}"
             f" of a file of {file_size}"
         )
 
