@@ -1,7 +1,6 @@
 """The terminal commands and the examples against a small server on a socket of the loopback."""
 
 import io
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from tests.kit.certificates import make_certificate
 
 from tgis.cli import healthcheck
 from tgis.cli.main import main
@@ -267,23 +267,8 @@ def test_healthcheck_without_server(free_port, capsys):
 # ---- TLS ----
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory) -> tuple[Path, Path]:
-    """A self-signed certificate of localhost, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl command to make a certificate with")
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    command = (
-        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-        f" -subj /CN=localhost -addext subjectAltName=DNS:localhost -keyout {key} -out {cert}"
-    )
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return cert, key
-
-
-def test_tls(certificate, capsys):
-    cert, key = certificate
+def test_tls(tmp_path, capsys):
+    cert, key = make_certificate(tmp_path)
     pair = [(key.read_bytes(), cert.read_bytes())]
     server = Here(grpc.ssl_server_credentials(pair))
     try:

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tests.kit.certificates import make_certificate
 
 from tgis.config import Config
 from tgis.errors import (
@@ -361,6 +362,21 @@ async def test_localhost_by_name():
     port = await server.start()
     async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
         await asyncio.wait_for(channel.channel_ready(), 10)
+    await server.stop(0)
+
+
+async def test_tls(service, tmp_path):
+    cert, key = make_certificate(tmp_path)
+    server = server_on(0, host="localhost")
+    server.add_service(GENERATION_SERVICE, service)
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    port = await server.start(credentials)
+    trusting = grpc.ssl_channel_credentials(cert.read_bytes())
+    async with grpc.aio.secure_channel(f"localhost:{port}", trusting) as channel:
+        await generation_pb2_grpc.GenerationServiceStub(channel).Generate(batch("a"))
+    async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+        call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(batch("a"))
+        assert (await failure_of(call)).code() is grpc.StatusCode.UNAVAILABLE
     await server.stop(0)
 
 
