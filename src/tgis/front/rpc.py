@@ -1,6 +1,7 @@
 """How handlers of calls meet gRPC: requests are parsed and errors become statuses, all here.
 
-A handler takes a parsed request and raises `RequestError`; it never aborts a call itself.
+A handler takes a parsed request and raises `RequestError`. It aborts a call itself only with a
+code that none of our errors has.
 """
 
 import logging
