@@ -4,6 +4,7 @@ A file is a mapping:
 
     model    "demo", or the name of a directory under the shared models
     patch    optional: {file of the model: {key: value}}, changes in its JSON files
+    not_yet  optional: why no server can run the file so far
     server   settings that differ from `Limits`, by the field's name
     made_by  what made the expectations
     cases    list of {name, why?, method?, request, response | error}
@@ -55,16 +56,20 @@ class CaseFile:
     def flags(self) -> list[str]:
         """The same on the server's command line."""
         limits = self.limits
-        flags = ["--max-batch-size", "8"]
+        flags = ["--max-batch-size", "8", "--threads", "1"]
         flags += ["--max-sequence-length", str(limits.max_sequence_length)]
         flags += ["--max-new-tokens", str(limits.max_new_tokens)]
         flags += ["--default-include-stop-seqs", str(limits.default_include_stop_seqs).lower()]
         return flags + ["--output-special-tokens"] * limits.output_special_tokens
 
+    @property
+    def original(self) -> Path | None:
+        """The model's directory; None if it is missing."""
+        return model_directory(self.content["model"])
+
     def model(self, scratch: Path) -> Path | None:
-        """The model's directory, patched into `scratch` if the file asks for it; None if missing."""
-        original = model_directory(self.content["model"])
-        patches = self.content.get("patch")
+        """The directory to serve: the original, or a patched copy in `scratch`."""
+        original, patches = self.original, self.content.get("patch")
         if original is None or not patches:
             return original
         target = scratch / self.name

@@ -19,6 +19,7 @@ from tests.contract.oracle import VERSION, Oracle, RejectedError
 from tests.contract.oracle.logits import Margins
 
 NARROWEST = 1e-4
+HEAD = ("model", "patch", "not_yet", "server")
 BY_HAND = ("name", "why", "method", "request")
 
 
@@ -66,7 +67,7 @@ def regenerate(file: CaseFile, scratch: Path) -> list[str]:
             cases.append(by_hand)
             complaints.append(f"{file.name}: {case['name']}: {error}")
         _report(case["name"], oracle.margins)
-    head = {key: file.content[key] for key in ("model", "patch", "server") if key in file.content}
+    head = {key: file.content[key] for key in HEAD if key in file.content}
     made_by: dict[str, Any] = {
         "oracle": VERSION,
         "torch": torch.__version__.split("+")[0],

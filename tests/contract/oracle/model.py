@@ -85,7 +85,7 @@ class Oracle:
         }
 
     def start_stream(self, request: Json) -> Json:
-        """Answer what is wrong with a SingleGenerationRequest; its messages are those of `generate`.
+        """What is wrong with a SingleGenerationRequest; else the unary answer to the same.
 
         Raises:
             RejectedError: the answer is a gRPC status.
@@ -233,7 +233,7 @@ class Oracle:
 
 
 def _number(value: float) -> float | str:
-    """As JSON has it, with more digits than a comparison looks at and fewer than platforms share."""
+    """As JSON has it; more digits than a comparison looks at, fewer than platforms share."""
     return "NaN" if value != value else float(f"{value:.6g}")
 
 
