@@ -67,8 +67,12 @@ async def serve(channel: Channel[ToChild], boot: Boot) -> None:
     server = GrpcServer(config)
     server.add_service(GENERATION_SERVICE, service)
     grpc_port = await server.start()
-    app = http_api.make_app(health, link, registry)
-    runner, http_port = await http_api.start(app, config.host, config.port)
+    try:
+        app = http_api.make_app(health, link, registry)
+        runner, http_port = await http_api.start(app, config.host, config.port)
+    except StartupError:
+        await server.stop(0)
+        raise
 
     def on_state(state: State) -> None:
         log.info("state: %s", state.value)

@@ -1,0 +1,136 @@
+"""The state machine of health, and the HTTP pages that show it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import aiohttp
+import aiohttp.web
+import pytest
+
+from tgis.errors import ConfigError
+from tgis.front import http_api
+from tgis.front.health import Health, State
+from tgis.observe.metrics import Limits, Metrics
+from tgis.types import ModelInfo, ModelKind
+from tgis.wire import Gauges, Loading
+
+MODEL = ModelInfo(ModelKind.DECODER_ONLY, "e", "float32", 10, 20, 19, 100, 4)
+
+
+@dataclass
+class FakeLink:
+    model: ModelInfo | None = None
+    loading: Loading = field(default_factory=lambda: Loading(0, 0))
+    gauges: Gauges = field(default_factory=Gauges)
+    last_heard: float = 0.0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def become(self, model: ModelInfo | None) -> None:
+        self.model = model
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+@dataclass
+class House:
+    link: FakeLink
+    health: Health
+    now: list[float]
+
+
+@pytest.fixture
+def house() -> House:
+    now = [100.0]
+    link = FakeLink(last_heard=100.0)
+    return House(link, Health(link, 5.0, clock=lambda: now[0]), now)  # type: ignore[arg-type]
+
+
+def test_states(house: House) -> None:
+    health, link = house.health, house.link
+    assert health.state is State.STARTING
+    link.model = MODEL
+    assert health.state is State.READY
+    house.now[0] = 105.0
+    assert health.state is State.READY
+    house.now[0] = 105.1
+    assert health.state is State.DEGRADED
+    link.last_heard = 105.0
+    assert health.state is State.READY
+    link.model = None
+    assert health.state is State.DEAD
+    link.model = MODEL
+    assert health.state is State.READY
+    health.draining = True
+    assert health.state is State.DRAINING
+
+
+async def test_watch_tells_every_change_once(house: House) -> None:
+    seen: asyncio.Queue[State] = asyncio.Queue()
+    task = asyncio.create_task(house.health.watch(seen.put_nowait))
+    assert await seen.get() is State.STARTING
+    house.link.become(MODEL)
+    assert await seen.get() is State.READY
+    house.link.become(None)
+    assert await seen.get() is State.DEAD
+    house.link.become(MODEL)
+    assert await seen.get() is State.READY
+    house.now[0] += 6  # silence is noticed without an event
+    assert await seen.get() is State.DEGRADED
+    task.cancel()
+    assert seen.empty()
+
+
+@pytest.fixture
+async def pages(house: House) -> AsyncIterator[aiohttp.ClientSession]:
+    metrics = Metrics(Limits(512, 511, 8))
+    app = http_api.make_app(house.health, house.link, metrics)  # type: ignore[arg-type]
+    runner, port = await http_api.start(app, "127.0.0.1", 0)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        yield session
+    await runner.cleanup()
+
+
+async def test_health_page(house: House, pages: aiohttp.ClientSession) -> None:
+    house.link.loading = Loading(25, 100)
+    async with pages.get("/health") as answer:
+        assert answer.status == 503
+        body = json.loads(await answer.text())
+    assert body["error"] == "unhealthy"
+    assert body["state"] == "starting"
+    assert body["loading"] == {"bytes": 25, "total": 100, "percent": 25.0}
+    house.link.model = MODEL
+    async with pages.get("/health") as answer:
+        assert (answer.status, await answer.text()) == (200, "")
+    async with pages.head("/health") as answer:
+        assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/generate", 404),
+        ("POST", "/health", 405),
+        ("DELETE", "/metrics", 405),
+    ],
+)
+async def test_nothing_else_answers(
+    pages: aiohttp.ClientSession, method: str, path: str, status: int
+) -> None:
+    async with pages.request(method, path) as answer:
+        assert (answer.status, await answer.text()) == (status, "")
+
+
+async def test_metrics_page(pages: aiohttp.ClientSession) -> None:
+    async with pages.get("/metrics") as answer:
+        assert answer.status == 200
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        assert "# TYPE tgi_request_count counter" in await answer.text()
+
+
+async def test_a_taken_port_is_a_clear_error(pages: aiohttp.ClientSession) -> None:
+    port = pages._base_url.port  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=rf"--port {port} .*in use"):
+        await http_api.start(aiohttp.web.Application(), "127.0.0.1", port)  # type: ignore[arg-type]
