@@ -7,7 +7,7 @@ release the interpreter lock.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +154,7 @@ class TextTokenizer:
         encoding = self._run(encode, text)
         num_skipped = max(0, len(encoding) - truncate) if truncate else 0
         tokens = [self.token_string(i) for i in encoding.ids[num_skipped:]] if want_tokens else []
-        offsets = _byte_offsets(text, encoding.offsets[num_skipped:]) if want_offsets else []
+        offsets = _byte_offsets(text, encoding, num_skipped) if want_offsets else []
         return TokenizeResult(len(encoding) - num_skipped, tokens, offsets)
 
     def _run(self, encode: Callable[..., list[Any]], text: str) -> Any:
@@ -170,12 +170,16 @@ class _TokenizerError(Exception):
     """The tokenizer refused a text."""
 
 
-def _byte_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Turn offsets in characters into offsets in UTF-8 bytes."""
+def _byte_offsets(text: str, encoding: Any, num_skipped: int) -> list[tuple[int, int]]:
+    """Return the place of each token in UTF-8 bytes, (0, 0) for special ones.
+
+    Token by token, because `encoding.offsets` would hold the interpreter lock for all at once.
+    """
+    numbers = range(num_skipped, len(encoding))
+    spans = (encoding.token_to_chars(number) or (0, 0) for number in numbers)
     if text.isascii():
-        return list(offsets)
+        return list(spans)
     chars = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     sizes = 1 + (chars > 0x7F) + (chars > 0x7FF) + (chars > 0xFFFF)
-    ends = np.concatenate(([0], np.cumsum(sizes)))
-    pairs = ends[np.array(offsets, dtype=np.int64).reshape(-1, 2)]
-    return list(map(tuple, pairs.tolist()))
+    byte_of = np.concatenate(([0], np.cumsum(sizes))).data
+    return [(byte_of[start], byte_of[end]) for start, end in spans]
