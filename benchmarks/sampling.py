@@ -53,10 +53,10 @@ def measure(case: str, rows: int, vocab_size: int, steps: int, prompt_tokens: in
     for i in range(rows):
         prompt = torch.randint(vocab_size, (prompt_tokens,), generator=generator).tolist()
         sampler.add(i, *CASES[case](i), prompt)
-    logits = torch.randn((rows, vocab_size), generator=generator) * 3
+    logits = (torch.randn((rows, vocab_size), generator=generator) * 3).numpy()
     times = []
     for _ in range(steps):
-        fresh = logits.clone()
+        fresh = torch.from_numpy(logits.copy())
         start = time.perf_counter()
         sampler.sample(range(rows), fresh)
         times.append((time.perf_counter() - start) * 1e3)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _MARGIN = 2.0**-20
-_WIDTHS = (64, 1024)  # how many of the best tokens are tried for a nucleus
+WIDTHS = (64, 1024, 8192)  # how many of the best tokens are tried before all are sorted
 
 
 @dataclass(slots=True)
@@ -94,12 +94,12 @@ def nucleus(
 
     Returns:
         Ascending ids, and the mass of all other tokens where the likeliest one's is 1. None if
-        hundreds of tokens are not enough.
+        thousands of tokens are not enough.
     """
     scaled = row / np.float32(temperature)
     mass = np.exp(scaled - scaled.max())
     total = float(mass.sum(dtype=np.float64))
-    for width in _WIDTHS:
+    for width in WIDTHS:
         if width >= len(row):
             return None
         ids = head(row, width)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tgis.sampling.candidates import Candidates, as_array, head, pack
-from tgis.sampling.warpers import softmax_row
+from tgis.sampling.warpers import norm_row
 from tgis.types import DetailParams, TokenDetails
 
 Top = tuple[tuple[int, float], ...]
@@ -62,7 +62,7 @@ def norms_of(
     norms = np.zeros((len(rows), 2), np.float32)
     for i, (row, wanted) in enumerate(zip(rows, details, strict=True)):
         if wanted.logprobs:
-            norms[i] = softmax_row(row)[1]
+            norms[i] = norm_row(row)
     return norms
 
 

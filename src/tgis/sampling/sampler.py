@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tgis.sampling import choose
 from tgis.sampling.candidates import as_array, head, nucleus, pack
 from tgis.sampling.logprobs import Scored, best_of, describe, norms_of, ranks_of
 from tgis.sampling.seeds import NoiseStream
@@ -16,7 +15,8 @@ from tgis.sampling.warpers import penalise, softmax, softmax_row, warp, warp_row
 from tgis.types import NO_DETAILS, DetailParams, SamplingParams, TokenDetails
 
 NOT_FINITE = "the model's scores for the next token are not finite"
-_FEW = 2048  # top_k up to this is worked on as candidates, above on the whole row
+_FEW = 8192  # up to this many candidates are worked on apart from the whole row
+_NARROW = 256  # up to this wide, rows are worked on together
 
 
 class Choice(NamedTuple):
@@ -104,7 +104,7 @@ class Sampler:
         with np.errstate(all="ignore"):
             scores = as_array(logits)
             penalise(scores, rows, self._eos_ids)
-            choices = _choose(scores, rows)
+            choices = _choose(list(scores), rows)
         for row, choice in zip(rows, choices, strict=True):
             if choice.error is None:
                 row.advance(choice.token_id)
@@ -116,27 +116,28 @@ Rows = Sequence[Row]
 States = Sequence[SequenceState]
 
 
-def _choose(scores: NDArray[np.float32], states: States) -> list[Choice]:
-    """Choose for all rows, those together that need the same work."""
-    choices = [_FAILED] * len(states)
-    greedy = [i for i, state in enumerate(states) if state.noise is None]
-    whole: list[int] = []
-    few: dict[int, _Selection] = {}
-    for i, state in enumerate(states):
-        if state.noise is not None and np.isfinite(scores[i].max()):
-            selection = _select(scores[i], state.params)
-            if selection is None:
-                whole.append(i)
-            else:
-                few[i] = selection
-    for members, chosen in (
-        (greedy, _greedy([scores[i] for i in greedy], [states[i] for i in greedy])),
-        (few, _few([scores[i] for i in few], [states[i] for i in few], list(few.values()))),
-        (whole, [_whole(scores[i], states[i]) for i in whole]),
-    ):
-        for i, choice in zip(members, chosen, strict=True):
-            choices[i] = choice
-    return choices
+def _choose(rows: Rows, states: States) -> list[Choice]:
+    """Choose for all rows, those together that need the same little work."""
+    choices: dict[int, Choice] = {}
+    greedy: list[int] = []
+    narrow: dict[int, _Selection] = {}
+    for i, (row, state) in enumerate(zip(rows, states, strict=True)):
+        if state.noise is None:
+            greedy.append(i)
+        elif not np.isfinite(row.max()):
+            choices[i] = _FAILED
+        elif (selection := _select(row, state.params)) is None:
+            choices[i] = _whole(row, state)
+        elif len(selection.ids) > _NARROW:
+            choices[i] = _few([row], [state], [selection])[0]
+        else:
+            narrow[i] = selection
+    best = _greedy([rows[i] for i in greedy], [states[i] for i in greedy])
+    choices.update(zip(greedy, best, strict=True))
+    if narrow:
+        drawn = _few([rows[i] for i in narrow], [states[i] for i in narrow], [*narrow.values()])
+        choices.update(zip(narrow, drawn, strict=True))
+    return [choices[i] for i in range(len(states))]
 
 
 def _greedy(rows: Rows, states: States) -> list[Choice]:
@@ -185,8 +186,6 @@ def _select(row: Row, params: SamplingParams) -> _Selection | None:
 
 def _few(rows: Rows, states: States, selections: Sequence[_Selection]) -> list[Choice]:
     """Sampling rows with few candidates: all rows at once."""
-    if not rows:
-        return []
     candidates = pack(rows, [selection.ids for selection in selections])
     candidates.scores = warp(
         candidates.scores,
@@ -194,7 +193,7 @@ def _few(rows: Rows, states: States, selections: Sequence[_Selection]) -> list[C
         [selection.rest for selection in selections],
     )
     probs, norms = softmax(candidates.scores)
-    noise = choose.noise_at(candidates.ids, _streams(states))
+    noise = np.stack([s.at(ids) for s, ids in zip(_streams(states), candidates.ids, strict=True)])
     chosen = (np.arange(len(rows)), (probs / noise).argmax(axis=1))
     scores = candidates.scores[chosen]
     scored = Scored(
@@ -210,7 +209,7 @@ def _whole(row: Row, state: SequenceState) -> Choice:
     """A sampling row in which any token may win; one at a time, since a row fills the cache."""
     processed = warp_row(row, state.params)
     probs, norm = softmax_row(processed)
-    token = choose.anywhere(probs, *_streams([state]))
+    token = _streams([state])[0].winner(probs)
     score = processed[token : token + 1]
     wanted = [state.details]
     scored = Scored(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tgis.sampling.seeds import NoiseStream
+from tgis.sampling.seeds import NoiseStream, noise_stream
 from tgis.types import DetailParams, SamplingParams
 
 
@@ -57,7 +57,9 @@ class SequenceState:
         self.details = details
         self.num_generated = 0
         self.seen = SeenIds(prompt_ids, vocab_size) if params.repetition_penalty != 1.0 else None
-        self.noise = NoiseStream(params.seed, vocab_size) if params.do_sample else None
+        self.noise: NoiseStream | None = None
+        if params.do_sample:
+            self.noise = noise_stream(params.seed, vocab_size)
 
     def advance(self, token_id: int) -> None:
         """Account for one chosen token."""

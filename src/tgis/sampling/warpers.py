@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tgis.sampling.candidates import WIDTHS, head
 from tgis.sampling.state import SequenceState
 from tgis.types import SamplingParams
 
@@ -125,10 +126,21 @@ def softmax(scores: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
 
 def softmax_row(row: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """`softmax` of one whole row, [vocab] and [2]: never padded, so a faster sum serves it."""
-    top = row.max()
-    mass = np.exp(row - top)
-    total = mass.sum()
+    top, mass, total = _masses_of_row(row)
     return mass / total, np.stack([top, np.log(total)])
+
+
+def norm_row(row: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The log-normaliser alone of one whole row, [2]."""
+    top, _, total = _masses_of_row(row)
+    return np.stack([top, np.log(total)])
+
+
+def _masses_of_row(row: NDArray[np.float32]) -> tuple[np.float32, NDArray[np.float32], np.float32]:
+    top = row.max()
+    mass = row - top
+    np.exp(mass, out=mass)
+    return top, mass, mass.sum()
 
 
 def _masses(
@@ -181,10 +193,15 @@ def _untypical(row: NDArray[np.float32], mass: float) -> NDArray[np.bool_]:
     # torch sums more than this in parallel, and then by an order that the threads decide.
     entropy = -sum(part.nansum() for part in torch.split(terms, 32767))
     distance = (-logprobs - entropy).abs().numpy()
-    order = _ascending(distance[None])[0]
-    sums = np.add.accumulate(softmax_row(row)[0][order], dtype=np.float64).astype(np.float32)
-    reached = int((sums < np.float32(mass)).sum())
-    dropped: NDArray[np.bool_] = distance > distance[order[min(reached, len(row) - 1)]]
+    probs, _ = softmax_row(row)
+    for width in (*WIDTHS, len(row)):
+        near = head(-distance, width)
+        order = near[_ascending(distance[None, near])[0]]
+        sums = np.add.accumulate(probs[order], dtype=np.float64).astype(np.float32)
+        reached = int((sums < np.float32(mass)).sum())
+        if reached < len(order):
+            break
+    dropped: NDArray[np.bool_] = distance > distance[order[min(reached, len(order) - 1)]]
     return dropped
 
 
