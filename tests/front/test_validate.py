@@ -440,7 +440,8 @@ def with_lengths(max_new_tokens: int, min_new_tokens: int = 0) -> Params:
         (199, 0, 1, Length(1, token_limited=False)),
         (199, 0, 2, Length(1, token_limited=True)),
         (192, 7, 1, Length(1, token_limited=False)),
-        (0, 0, 169, Length(169, token_limited=False)),
+        (1, 0, 169, Length(169, token_limited=False)),
+        (0, 1, 169, Length(169, token_limited=False)),
     ],
 )
 def test_length_budget(num_input, prefix, max_new, expected):
@@ -481,6 +482,11 @@ def test_too_long(num_input, prefix, min_new, text):
     assert str(caught.value) == text
 
 
+def test_nothing_to_continue_is_refused():
+    with pytest.raises(InvalidRequest, match="at least one token"):
+        fit_length(0, 0, with_lengths(5), LIMITS)
+
+
 @given(
     num_input=st.integers(0, 220),
     prefix=st.integers(0, 20),
@@ -490,7 +496,8 @@ def test_too_long(num_input, prefix, min_new, text):
 def test_length_either_fits_or_is_refused(num_input, prefix, max_new, data):
     min_new = data.draw(st.integers(0, max_new))
     params = with_lengths(max_new, min_new)
-    fits = num_input + prefix + max(1, min_new) <= LIMITS.max_sequence_length
+    used = num_input + prefix
+    fits = 0 < used <= LIMITS.max_sequence_length - max(1, min_new)
     if fits:
         length = fit_length(num_input, prefix, params, LIMITS)
         check_length(length, num_input + prefix, params, LIMITS)

@@ -224,8 +224,11 @@ def fit_length(num_input_tokens: int, prefix_length: int, params: Params, limits
         prefix_length: virtual tokens of the soft prompt.
 
     Raises:
-        InvalidRequest: no room for a single token, or not for `min_new_tokens`.
+        InvalidRequest: nothing to continue, no room for a single token, or not for
+            `min_new_tokens`.
     """
+    if num_input_tokens + prefix_length == 0:
+        raise InvalidRequest("input must have at least one token; this tokenizer adds none")
     room = limits.max_sequence_length - num_input_tokens - prefix_length
     min_new_tokens = params.sampling.min_new_tokens
     found = f"input tokens ({num_input_tokens}) plus prefix length ({prefix_length})"
