@@ -106,17 +106,18 @@ def _defaults(message: Json, limits: Limits) -> Params:
     response = message.get("response", {})
     decoding = message.get("decoding", {})
     sample = message.get("method") in ("SAMPLE", 1)
-    # Only a client that knows the field as optional can send a zero temperature: it means greedy.
-    if sample and "temperature" in sampling and float(sampling["temperature"]) == 0:
-        sample = False
     if not sample:
         sampling = {}
+    # Only a client that knows the field as optional can send a zero temperature: it means greedy,
+    # with the rest of `sampling` still checked.
+    temperature = float32(sampling.get("temperature", 1))
+    sample = sample and temperature != 0
     length_penalty = None
     if (penalty := decoding.get("length_penalty")) is not None:
         length_penalty = penalty.get("start_index", 0), float32(penalty.get("decay_factor", 0))
     return Params(
         sample=sample,
-        temperature=float32(sampling.get("temperature", 1)),
+        temperature=temperature,
         top_k=sampling.get("top_k", 0),
         top_p=float32(sampling.get("top_p", 0)) or 1.0,
         typical_p=float32(sampling.get("typical_p", 0)) or 1.0,
@@ -145,7 +146,10 @@ def _checks(p: Params, limits: Limits) -> Iterator[tuple[bool, str]]:
     def wrong(value: float, ok: bool) -> bool:
         return not math.isfinite(value) or not ok
 
-    yield wrong(p.temperature, p.temperature >= 0.05), "temperature must be >= 0.05"
+    yield (
+        wrong(p.temperature, p.temperature == 0 or p.temperature >= 0.05),
+        "temperature must be >= 0.05",
+    )
     yield wrong(p.top_p, 0 < p.top_p <= 1), "top_p must be > 0.0 and <= 1.0"
     yield wrong(p.typical_p, p.typical_p <= 1), "typical_p must be <= 1.0"
     yield p.top_k >= 2**31, "top_k must be strictly positive"
