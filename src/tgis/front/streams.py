@@ -14,8 +14,9 @@ from itertools import count
 from tgis.errors import GenerationFailed, InvalidRequest, OutOfMemory, RequestError, Unavailable
 from tgis.front.link import CoreLink
 from tgis.observe.metrics import Metrics
-from tgis.text.detokenize import Detokenizer, TextStream
+from tgis.text.detokenize import Detokenizer
 from tgis.text.stops import StopMatcher
+from tgis.text.streams import TextStream
 from tgis.types import DetailParams, FinishReason, SamplingParams, TokenDetails, TokenOut
 from tgis.wire import Add, Failed, FailureKind, Out
 
