@@ -1,39 +1,94 @@
-// Attention over the row cache, for decode rows and short prefill chunks.
+// Attention over the row cache, for decode rows and prefill chunks in one batch.
 //
-// Work is cut into tasks (sequence, KV head, block of query rows, split of SPLIT positions). A query
-// row is one query head of one new token; the rows of a block share a KV head, so each key is read
-// once for all of them. A split's result is complete in itself: (max, sum, weighted values); where a
-// sequence has several, they are combined afterwards in order (flash decoding, Dao et al. 2023).
-// Splits lie at fixed positions, so a sequence's result does not depend on its neighbours in the
-// batch or on the number of threads.
+// A query row is one query head of one new token; rows that share a KV head are worked on together,
+// so that each key is read once for all of them.
+//
+// Few rows (decoding): tasks are (sequence, KV head, block of rows, split of SPLIT positions). A
+// split's result is complete in itself: (max, sum, weighted values); where a sequence has several,
+// they are combined afterwards in order (flash decoding, Dao et al. 2023). Splits lie at fixed
+// positions, so a sequence's result depends neither on its neighbours in the batch nor on the
+// number of threads.
+// Many rows in bfloat16: tasks are (sequence, KV head, block of rows) on AMX tiles, where there are.
 
 #include <stdlib.h>
 
 #include "attention_rows.h"
+#include "attention_tiles.h"
 
 struct task {
   int32_t seq, kv_head, row, split;
 };
 
+struct plan {
+  int64_t num_tasks, num_packs, num_partials, vt_size;
+  struct task *tasks;  // those of tiles first: they are the longest
+  struct task *packs;  // V^T: `row` is the first position
+  int64_t *scratch;    // per sequence: where its partial results, or its V^T, begin
+};
+
 INLINE int64_t num_splits(int64_t kv_len) { return max64(1, (kv_len + SPLIT - 1) / SPLIT); }
 
-// Fills `tasks` (or only counts, where null) and, per sequence, where its partial results begin.
-static int64_t make_tasks(const struct attention_args *a, struct task *tasks, int64_t *partial,
-                          int64_t *num_partial) {
-  const int64_t group = a->heads / a->kv_heads;
-  int64_t count = 0, partials = 0;
-  for (int64_t s = 0; s < a->seqs; s++) {
-    const int64_t q_len = a->q_start[s + 1] - a->q_start[s], rows = q_len * group;
-    const int64_t splits = num_splits(a->kv_len[s]);
-    if (tasks) partial[s] = partials;
-    if (splits > 1) partials += q_len * a->heads * splits;
-    for (int64_t h = 0; h < a->kv_heads; h++)
-      for (int64_t r = 0; r < rows; r += MAX_ROWS)
-        for (int64_t i = 0; i < splits; i++, count++)
-          if (tasks) tasks[count] = (struct task){s, h, r, i};
+INLINE int64_t num_rows(const struct attention_args *a, int64_t seq) {
+  return (a->q_start[seq + 1] - a->q_start[seq]) * (a->heads / a->kv_heads);
+}
+
+#ifdef HAVE_TILES
+#define PACK_POSITIONS 256  // of a packing task
+
+INLINE int on_tiles(const struct attention_args *a, int64_t seq) {
+  return a->bf16 && a->head_dim % 2 == 0 && a->scale > 0 && num_rows(a, seq) >= MIN_TILE_ROWS &&
+         a->q_start[seq + 1] - a->q_start[seq] > 1 && a->kv_len[seq] > 0 && tgis_amx(NULL);
+}
+
+INLINE int64_t vt_head(const struct attention_args *a, int64_t seq) {
+  return (a->kv_len[seq] + 31) / 32 * VT_BLOCK(a->head_dim);
+}
+
+static void plan_tiles(const struct attention_args *a, struct plan *p, int64_t s) {
+  if (p->tasks) p->scratch[s] = p->vt_size;
+  p->vt_size += a->kv_heads * vt_head(a, s);
+  for (int64_t h = 0; h < a->kv_heads; h++) {
+    for (int64_t j = 0; j < a->kv_len[s]; j += PACK_POSITIONS, p->num_packs++)
+      if (p->tasks) p->packs[p->num_packs] = (struct task){s, h, j, 0};
+    for (int64_t r = (num_rows(a, s) - 1) / TILE_ROWS * TILE_ROWS; r >= 0; r -= TILE_ROWS)
+      if (p->tasks)
+        p->tasks[p->num_tasks++] = (struct task){s, h, r, 0};
+      else
+        p->num_tasks++;
   }
-  *num_partial = partials;
-  return count;
+}
+
+static void pack(const struct attention_args *a, const struct plan *p, struct task t,
+                 uint16_t *vt) {
+  const int64_t d = a->head_dim, end = min64(t.row + PACK_POSITIONS, a->kv_len[t.seq]);
+  const uint16_t *v =
+      (const uint16_t *)a->v + a->slot[t.seq] * a->slot_stride + t.kv_head * a->head_stride;
+  vt += p->scratch[t.seq] + t.kv_head * vt_head(a, t.seq);
+  for (int64_t j = t.row; j < end; j += 32)
+    pack_values(v + j * d, min64(32, end - j), d, vt + j / 32 * VT_BLOCK(d));
+}
+#else
+#define on_tiles(a, seq) 0
+#define plan_tiles(a, p, seq) (void)(a)
+#endif
+
+static void plan_rows(const struct attention_args *a, struct plan *p, int64_t s) {
+  const int64_t splits = num_splits(a->kv_len[s]), rows = num_rows(a, s);
+  if (p->tasks) p->scratch[s] = p->num_partials;
+  if (splits > 1) p->num_partials += rows * a->kv_heads * splits;
+  for (int64_t h = 0; h < a->kv_heads; h++)
+    for (int64_t r = 0; r < rows; r += MAX_ROWS)
+      for (int64_t i = 0; i < splits; i++, p->num_tasks++)
+        if (p->tasks) p->tasks[p->num_tasks] = (struct task){s, h, r, i};
+}
+
+// Counts, and where p->tasks is not null also fills in.
+static void make_plan(const struct attention_args *a, struct plan *p) {
+  p->num_tasks = p->num_packs = p->num_partials = p->vt_size = 0;
+  for (int64_t s = 0; s < a->seqs; s++)
+    if (on_tiles(a, s)) plan_tiles(a, p, s);
+  for (int64_t s = 0; s < a->seqs; s++)
+    if (!on_tiles(a, s)) plan_rows(a, p, s);
 }
 
 static void combine(const struct attention_args *a, int64_t row, const float *partial,
@@ -53,54 +108,85 @@ static void combine(const struct attention_args *a, int64_t row, const float *pa
   for (int64_t j = 0; j < d; j += VL) store_at(to, j, d, load_at(out, j, d, 0) * scale, a->bf16);
 }
 
+// All heads of one new token.
+static void combine_token(const struct attention_args *a, const struct plan *p, int64_t token,
+                          const float *partials) {
+  int64_t s = 0;
+  while (a->q_start[s + 1] <= token) s++;
+  const int64_t splits = num_splits(a->kv_len[s]), size = PARTIAL(a->head_dim);
+  if (splits == 1 || on_tiles(a, s)) return;
+  for (int64_t h = 0; h < a->heads; h++) {
+    const int64_t row = (token - a->q_start[s]) * a->heads + h;
+    combine(a, token * a->heads + h, partials + (p->scratch[s] + row * splits) * size, splits);
+  }
+}
+
+static void run(const struct attention_args *a, const struct plan *p, float *partials,
+                uint16_t *vt) {
+#pragma omp parallel
+  {
+#ifdef HAVE_TILES
+    if (p->num_packs) {
+      configure_attention(a->head_dim);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < p->num_packs; i++) pack(a, p, p->packs[i], vt);
+    }
+#endif
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < p->num_tasks; i++) {
+      const struct task t = p->tasks[i];
+#ifdef HAVE_TILES
+      if (on_tiles(a, t.seq)) {
+        const int64_t head = p->scratch[t.seq] + t.kv_head * vt_head(a, t.seq);
+        attend_tiles(a, t.seq, t.kv_head, t.row, vt + head);
+        continue;
+      }
+#endif
+      const int64_t splits = num_splits(a->kv_len[t.seq]);
+      float *to = splits > 1 ? partials + p->scratch[t.seq] * PARTIAL(a->head_dim) : NULL;
+      attend(a, t.seq, t.kv_head, t.row, t.split, splits, to);
+    }
+    if (p->num_partials) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t token = 0; token < a->tokens; token++) combine_token(a, p, token, partials);
+    }
+#ifdef HAVE_TILES
+    if (p->num_packs) _tile_release();
+#endif
+  }
+  (void)vt;
+}
+
 static int valid(const struct attention_args *a) {
-  if (a->seqs && a->q_start[0] != 0) return 0;
+  if (a->q_start[0] != 0 || a->q_start[a->seqs] != a->tokens) return 0;
   for (int64_t s = 0; s < a->seqs; s++) {
     const int64_t q_len = a->q_start[s + 1] - a->q_start[s];
     if (a->slot[s] < 0 || a->slot[s] >= a->slots) return 0;
     if (a->kv_len[s] < 0 || a->kv_len[s] > a->slot_tokens) return 0;
     if (q_len < 0 || (a->causal && q_len > a->kv_len[s])) return 0;
   }
-  return a->q_start[a->seqs] == a->tokens;
+  return 1;
 }
 
 // Returns 0, ERROR_INDEX where lengths or slots lie outside the tensors, or ERROR_MEMORY.
 EXPORT int tgis_attention(const struct attention_args *args) {
   const struct attention_args a = *args;
   if (!valid(&a)) return ERROR_INDEX;
-  int64_t num_partial;
-  const int64_t count = make_tasks(&a, NULL, NULL, &num_partial);
-  struct task *tasks = malloc(count * sizeof *tasks + a.seqs * sizeof(int64_t));
-  float *partials = num_partial ? malloc(num_partial * PARTIAL(a.head_dim) * 4) : NULL;
-  if (!tasks || (num_partial && !partials)) {
-    free(tasks);
-    free(partials);
-    return ERROR_MEMORY;
+  struct plan p = {0};
+  make_plan(&a, &p);
+  const int64_t tasks = p.num_tasks + p.num_packs;
+  p.scratch = malloc(tasks * sizeof *p.tasks + a.seqs * sizeof *p.scratch + 1);
+  float *partials = malloc(p.num_partials * PARTIAL(a.head_dim) * sizeof *partials + 1);
+  uint16_t *vt = malloc(p.vt_size * sizeof *vt + 1);
+  const int complete = p.scratch && partials && vt;
+  if (complete) {
+    p.tasks = (struct task *)(p.scratch + a.seqs);
+    p.packs = p.tasks + p.num_tasks;
+    make_plan(&a, &p);
+    run(&a, &p, partials, vt);
   }
-  int64_t *partial = (int64_t *)(tasks + count);
-  make_tasks(&a, tasks, partial, &num_partial);
-#pragma omp parallel
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; i++) {
-      const struct task t = tasks[i];
-      const int64_t splits = num_splits(a.kv_len[t.seq]);
-      float *to = splits > 1 ? partials + partial[t.seq] * PARTIAL(a.head_dim) : NULL;
-      attend(&a, t.seq, t.kv_head, t.row, t.split, splits, to);
-    }
-    if (num_partial) {
-#pragma omp for schedule(dynamic, 16)
-      for (int64_t i = 0; i < a.tokens * a.heads; i++) {
-        int64_t s = 0, token = i / a.heads;
-        while (a.q_start[s + 1] <= token) s++;
-        const int64_t splits = num_splits(a.kv_len[s]);
-        const int64_t row = i - a.q_start[s] * a.heads;
-        if (splits > 1)
-          combine(&a, i, partials + (partial[s] + row * splits) * PARTIAL(a.head_dim), splits);
-      }
-    }
-  }
-  free(tasks);
+  free(p.scratch);
   free(partials);
-  return 0;
+  free(vt);
+  return complete ? 0 : ERROR_MEMORY;
 }

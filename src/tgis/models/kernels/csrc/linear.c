@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "quantize.h"
+#include "tiles.h"
 
 struct linear_args {
   const void *x;         // rows x in: bfloat16
@@ -18,37 +19,21 @@ struct linear_args {
   int64_t rows, in, out_features;
 };
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#ifdef HAVE_TILES
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define ARCH_REQ_XCOMP_PERM 0x1023
-#define XFEATURE_XTILEDATA 18
-#define BLOCK_ROWS 32      // rows of x at a time: two tiles
-#define PREFETCH 8192      // bytes ahead
-
-// 1 where the operating system lets this process use AMX tiles.
-EXPORT int tgis_amx(const void *unused) {
-  (void)unused;
-  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
+#define BLOCK_ROWS 32  // rows of x at a time: two tiles
 
 // Tiles 0, 1: sums of the first 16 rows by 2 x 16 outputs; 2, 3: of the next 16 rows. 4, 5: x of
 // these rows; 6, 7: weights.
 static void configure(int64_t rows) {
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } config = {.palette = 1};
+  struct tile_shapes shapes = {.palette = 1};
   const uint8_t first = min64(rows, 16), second = max64(rows - 16, 1);
   const uint8_t tile_rows[8] = {first, first, second, second, first, second, 16, 16};
   for (int i = 0; i < 8; i++) {
-    config.row_bytes[i] = 64;
-    config.rows[i] = tile_rows[i];
+    shapes.row_bytes[i] = 64;
+    shapes.rows[i] = tile_rows[i];
   }
-  _tile_loadconfig(&config);
+  _tile_loadconfig(&shapes);
 }
 
 INLINE void prefetch(const char *p, int64_t bytes) {
@@ -66,7 +51,7 @@ INLINE void tile_sums(const char *x, int64_t x_stride, const char *w, int64_t st
     _tile_zero(3);
   }
   for (int64_t k = 0; k < steps; k++, x += 64, w += 16 * stride) {
-    prefetch(w + PREFETCH, 16 * stride);
+    prefetch(w, 16 * stride);  // all lines of the step at once, before tile by tile
     _tile_loadd(4, x, x_stride);
     if (two) _tile_loadd(5, x + 16 * x_stride, x_stride);
     _tile_loadd(6, w, stride);
@@ -178,11 +163,6 @@ EXPORT int tgis_linear_int8(const struct linear_args *args) {
 }
 
 #else
-
-EXPORT int tgis_amx(const void *unused) {
-  (void)unused;
-  return 0;
-}
 
 EXPORT int tgis_linear_bf16(const struct linear_args *args) {
   (void)args;
