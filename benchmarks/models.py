@@ -1,6 +1,6 @@
 """Checkpoints with random weights in LLaMA shapes, for measuring.
 
-    python -m benchmarks.models M /tmp/model-m
+python -m benchmarks.models M /tmp/model-m
 """
 
 import argparse

@@ -14,10 +14,11 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.load import Result, offer, workloads
-from benchmarks.models import SHAPES, make_model
 from tests.kit.processes import children
 from tests.kit.server import Server, start_server
+
+from benchmarks.load import Result, offer, workloads
+from benchmarks.models import SHAPES, make_model
 
 
 def peak_memory(pid: int) -> int:

@@ -119,9 +119,7 @@ class Supervisor:
     def _start(self, module: str) -> None:
         child = _Child(module, self._boot)
         self._children[child.name] = child
-        self._selector.register(
-            child.channel, selectors.EVENT_READ, lambda: self._listen(child)
-        )
+        self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._listen(child))
         self._selector.register(child.pid_fd, selectors.EVENT_READ, lambda: self._bury(child))
         log.info("started %s (pid %d)", child.name, child.process.pid)
 

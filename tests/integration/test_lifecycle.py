@@ -12,10 +12,10 @@ import grpc
 import pytest
 from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from tests.kit.client import Status, connect, connect_blocking
 from tests.kit.processes import alive, children, open_files, wait_until
 from tests.kit.server import Server, run_server, start_server
+
 from tgis.proto import generation_pb2 as pb
 from tgis.proto import generation_pb2_grpc as pb_grpc
 
@@ -32,9 +32,7 @@ def server(demo_model_dir: Path) -> Iterator[Server]:
 def generate(server: Server, tokens: int = 5) -> dict[str, object] | Status:
     stopping = {"maxNewTokens": tokens, "minNewTokens": tokens}
     with connect_blocking(server.grpc) as client:
-        return client.call(
-            "Generate", {"requests": [PROMPT], "params": {"stopping": stopping}}
-        )
+        return client.call("Generate", {"requests": [PROMPT], "params": {"stopping": stopping}})
 
 
 def grpc_health(server: Server, service: str = "") -> str:

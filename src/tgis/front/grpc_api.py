@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from tgis.errors import InvalidRequest
 from tgis.front.accounts import Accounts
 from tgis.front.intake import Input, Intake, refuse_adapters
-from tgis.front.streams import Answer, Piece, Stream, Streams
-from tgis.front.tokenize import TextTokenizer
 from tgis.front.params import Limits
 from tgis.front.rpc import Context
+from tgis.front.streams import Answer, Piece, Stream, Streams
+from tgis.front.tokenize import TextTokenizer
 from tgis.proto import generation_pb2 as pb
 from tgis.types import FinishReason, ModelKind, TokenDetails, TokenOut
 
@@ -150,9 +150,7 @@ class GenerationService:
                 if awaiting_inputs and piece.num_generated:
                     awaiting_inputs = False
                     tokens = self._input_tokens(item, stream)
-                    yield pb.GenerationResponse(
-                        input_token_count=len(tokens), input_tokens=tokens
-                    )
+                    yield pb.GenerationResponse(input_token_count=len(tokens), input_tokens=tokens)
                 finish = piece.finish
                 if finish is not FinishReason.NOT_FINISHED:
                     self._accounts.finished("stream", stream, finish)
@@ -193,4 +191,3 @@ class GenerationService:
             self._token_info(token_id, details)
             for token_id, details in zip(item.job.token_ids, [first, *rest], strict=True)
         ]
-

@@ -18,7 +18,6 @@ from tgis.front.validate import fit_length, validate
 from tgis.observe.metrics import Metrics
 from tgis.proto import generation_pb2 as pb
 
-
 Request = pb.BatchedGenerationRequest | pb.SingleGenerationRequest
 
 
@@ -73,9 +72,7 @@ class Intake:
         finally:
             self._num_admitted -= count
 
-    async def accept(
-        self, texts: Sequence[str], request: Request, arrival: float
-    ) -> list[Input]:
+    async def accept(self, texts: Sequence[str], request: Request, arrival: float) -> list[Input]:
         """Validate one request, in the order of the TGIS api.
 
         Raises:
@@ -93,9 +90,7 @@ class Intake:
             self._metrics.observe("tgi_request_input_length", item.num_tokens)
         return inputs
 
-    async def _accept(
-        self, texts: Sequence[str], request: Request, arrival: float
-    ) -> list[Input]:
+    async def _accept(self, texts: Sequence[str], request: Request, arrival: float) -> list[Input]:
         params = validate(request.params if request.HasField("params") else None, self._limits)
         refuse_adapters(request)
         encodings = await asyncio.gather(

@@ -135,9 +135,7 @@ class Stream:
             self.num_generated += 1
             text = self._text.add(out.token_id)
         if finish is FinishReason.NOT_FINISHED:
-            fed = self._stops.feed(
-                text, self.num_generated >= self.job.sampling.min_new_tokens
-            )
+            fed = self._stops.feed(text, self.num_generated >= self.job.sampling.min_new_tokens)
             text, stop_sequence = fed.release, fed.matched or ""
             if stop_sequence:
                 finish = FinishReason.STOP_SEQUENCE
@@ -256,9 +254,7 @@ class Streams:
             cause = failed.message
             if stream.num_generated:
                 cause = f"Error after generating {stream.num_generated} tokens: {cause}"
-            stream.fail(
-                _FAILURES[failed.kind](f"Request failed during generation: {cause}")
-            )
+            stream.fail(_FAILURES[failed.kind](f"Request failed during generation: {cause}"))
 
     def on_lost(self) -> None:
         """The core is gone: every open stream ends now."""
@@ -295,8 +291,6 @@ class Streams:
         metrics.observe("tgi_batch_inference_batch_size", size, method=method)
         labels = {"method": method, "makeup": "single_only"}
         metrics.observe("tgi_batch_inference_duration", out.step.duration, **labels)
-        metrics.observe(
-            "tgi_batch_inference_forward_duration", out.step.forward_duration, **labels
-        )
+        metrics.observe("tgi_batch_inference_forward_duration", out.step.forward_duration, **labels)
         if out.step.num_prefill_tokens:
             metrics.observe("tgi_batch_next_tokens", out.step.num_prefill_tokens)
