@@ -107,7 +107,7 @@ def save_checkpoint(path: Path, config: transformers.PretrainedConfig) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             center = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0
-            spread = 0.2 if parameter.dim() == 1 else 2.5 * parameter.shape[-1] ** -0.5
+            spread = 0.2 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
             parameter.normal_(center, spread)
     model.save_pretrained(path)
 

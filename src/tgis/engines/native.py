@@ -1,5 +1,6 @@
 """The native engine: tgis's own networks on the CPU."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tgis.engines.base import CacheShape, EngineCaps
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.errors import ConfigError
 from tgis.hub.safetensors import Progress, open_checkpoint
+from tgis.models import kernels
 from tgis.models.decoder import Decoder
 from tgis.models.families import read_spec
 from tgis.models.inputs import NewTokens
@@ -21,6 +23,8 @@ from tgis.models.rotary import rotary_table
 from tgis.models.spec import DecoderSpec, Rotary
 from tgis.models.weights import Weights
 from tgis.types import ModelKind
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -40,7 +44,9 @@ def load(
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
     """
+    log.info("%s", kernels.describe())
     model_config = ModelConfig(config)
+    model_config.require("quantization_config", None)
     spec, names = read_spec(model_config)
     checkpoint = open_checkpoint(model_dir, progress)
     shard = Shard()

@@ -67,6 +67,7 @@ class Decoder:
         self.dtype = dtype
         ops = operators(dtype)
         self._embedding = weights.embedding()
+        self._head = weights.head(self._embedding)  # now: the largest, while memory is free
         self._positions = weights.positions()
         self._embedding_norm = None
         if spec.embedding_norm and names.embedding_norm is not None:
@@ -77,7 +78,6 @@ class Decoder:
         ]
         self._run_block = TOPOLOGIES[spec.topology]
         self._final_norm = _norm(ops, spec, weights.outer_norm(names.final_norm))
-        self._head = weights.head(self._embedding)
         weights.finish()
 
     def forward(self, inputs: StepInputs, cache: RowsCache) -> Tensor:

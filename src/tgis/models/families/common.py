@@ -28,13 +28,8 @@ def heads(config: ModelConfig) -> tuple[int, int, int]:
             f"config.json: num_attention_heads = {num_heads} is not a multiple of"
             f" num_key_value_heads = {num_kv_heads}"
         )
-    return num_heads, num_kv_heads, config.size("head_dim", default=head_dim(config, num_heads))
-
-
-def head_dim(config: ModelConfig, num_heads: int) -> int:
-    """hidden_size / heads."""
-    hidden_size = config.size("hidden_size", "n_embd", "d_model")
-    return hidden_size // num_heads
+    head_dim = config.size("head_dim", default=config.size("hidden_size") // num_heads)
+    return num_heads, num_kv_heads, head_dim
 
 
 def sliding_windows(config: ModelConfig, num_layers: int) -> tuple[int | None, ...]:

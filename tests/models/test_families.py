@@ -1,0 +1,84 @@
+"""What `config.json` may say, what its absences mean, and what is refused by name."""
+
+from typing import Any
+
+import pytest
+
+from tgis.errors import ModelError
+from tgis.models.families import FAMILIES, read_spec
+from tgis.models.model_config import ModelConfig
+from tgis.models.spec import DecoderSpec
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+
+
+def read(**changes: Any) -> DecoderSpec:
+    return read_spec(ModelConfig({**LLAMA, **changes}))[0]
+
+
+def test_an_old_llama_config_means_what_it_meant() -> None:
+    spec = read()
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (4, 4, 16)
+    assert spec.norm.eps == 1e-6
+    assert spec.scale == 0.25
+    assert not any((spec.tied_head, spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias))
+    assert spec.max_positions is None
+    assert [spec.window(layer) for layer in range(4)] == [None] * 4
+
+
+def test_null_is_as_good_as_absent() -> None:
+    assert read(head_dim=None, num_key_value_heads=None, rope_scaling=None) == read()
+
+
+def test_windows() -> None:
+    mistral = read(model_type="mistral", sliding_window=5)
+    assert [mistral.window(layer) for layer in range(4)] == [5] * 4
+    assert read(model_type="mistral").windows == ()
+    qwen = {"model_type": "qwen2", "sliding_window": 6, "max_window_layers": 3}
+    assert read(**qwen).windows == ()
+    assert read(**qwen, use_sliding_window=True).windows == (None, None, None, 6)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    spec = read(**qwen, use_sliding_window=True, layer_types=kinds)
+    assert spec.windows == (6, None, 6, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not known to the native engine (only "),
+        ({"model_type": None}, "config.json: model_type is missing"),
+        ({"hidden_size": None}, "config.json: hidden_size is missing"),
+        ({"hidden_size": 0}, "config.json: hidden_size = 0 is not a positive integer"),
+        ({"vocab_size": "100"}, "config.json: vocab_size = '100' is not a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True is not a positive integer"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small' is not a number"),
+        ({"attention_bias": 1}, "attention_bias = 1 is not true or false"),
+        ({"hidden_act": "mish"}, "hidden_act = 'mish' is not supported (only "),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3",
+        ),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4,
+             "layer_types": ["full_attention"] * 3 + ["chunked_attention"]},
+            "layer_types = ['full_attention', 'full_attention', 'full_attention',"
+            " 'chunked_attention'] is not supported",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        read(**changes)
+    assert message in str(caught.value)
+
+
+def test_every_type_belongs_to_one_family() -> None:
+    for model_type, family in FAMILIES.items():
+        assert model_type in family.model_types
