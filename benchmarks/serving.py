@@ -67,8 +67,8 @@ def main() -> None:
     cache = Path(tempfile.gettempdir()) / f"tgis-benchmark-{arguments.shape}"
     model = arguments.model or make_model(arguments.shape, cache)
     with tempfile.TemporaryDirectory() as directory:
-        flags = ["--dtype", arguments.dtype, *arguments.server_flags]
-        server = start_server(model, Path(directory), *flags)
+        flags, dtype = arguments.server_flags, arguments.dtype
+        server = start_server(model, Path(directory), *flags, dtype=dtype)
         try:
             server.wait_ready(300)
             print_table(measure(server, arguments.workloads, arguments.rounds))

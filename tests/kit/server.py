@@ -127,6 +127,7 @@ def start_server(
     env: dict[str, str] | None = None,
     grpc_port: int | None = None,
     http_port: int | None = None,
+    dtype: str = "float32",
 ) -> Server:
     """Start `tgis serve` for a model; returns at once.
 
@@ -136,7 +137,7 @@ def start_server(
     """
     free = free_ports(2)
     grpc_port, http_port = grpc_port or free[0], http_port or free[1]
-    command = [sys.executable, "-m", "tgis.cli.main", "serve", str(model), "--dtype", "float32"]
+    command = [sys.executable, "-m", "tgis.cli.main", "serve", str(model), "--dtype", dtype]
     command += ["--grpc-port", str(grpc_port), "--port", str(http_port), *flags]
     log_path = directory / "server.log"
     with log_path.open("wb") as log:
