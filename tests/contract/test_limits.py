@@ -66,14 +66,15 @@ async def test_time_limit_in_the_queue(demo_server: Server) -> None:
             stub.GenerateStream(parse("GenerateStream", stream_of(stopping=LONG)))
             for _ in range(BATCH_SIZE)
         ]
-        for call in full:  # all places of the batch are taken once each has generated
-            while not (await call.read()).generated_token_count:
+        running = [aiter(call) for call in full]
+        for call in running:  # all places of the batch are taken once each has generated
+            while not (await anext(call)).generated_token_count:
                 pass
         client = AsyncClient(channel)
         unary = group.create_task(client.call("Generate", one(**late)))
         stream = group.create_task(client.stream(stream_of(**late)))
         await asyncio.gather(unary, stream)
-        ends = [[to_json(message) async for message in call][-1] for call in full]
+        ends = [[to_json(message) async for message in call][-1] for call in running]
     empty = {"inputTokenCount": NUM_INPUT_TOKENS, "stopReason": "TIME_LIMIT"}
     assert unary.result() == {"responses": [empty]}
     first = {"inputTokenCount": NUM_INPUT_TOKENS, "seed": "5", "text": TEXT}
