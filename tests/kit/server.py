@@ -22,6 +22,7 @@ PROBE_PAUSE = 0.1
 # What a server may see of the tester's environment: nothing that could configure it.
 PASSED_ON = (
     "PATH",
+    "PYTHONPATH",  # another checkout of this project
     "LANG",
     "LC_ALL",
     "TMPDIR",
