@@ -1,8 +1,9 @@
 """Milliseconds per step of choosing tokens: `python benchmarks/sampling.py [--rows 32]`.
 
 A step is `Sampler.sample` over one logits tensor; its median and best of `--steps` are reported for
-batches in which every row has the same kind of request. The logits are normal with a spread like a
-trained model's; a fresh copy is made before each step, outside the measured time.
+batches in which every row has the same kind of request. Half of each row's probability lies on some
+tens of tokens, as in a trained model (`--flat`: on thousands). A fresh copy of the logits is made
+before each step, outside the measured time.
 """
 
 import argparse
@@ -46,14 +47,24 @@ CASES = {
 }
 
 
-def measure(case: str, rows: int, vocab_size: int, steps: int, prompt_tokens: int) -> list[float]:
+def make_logits(rows: int, vocab_size: int, flat: bool, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn((rows, vocab_size), generator=generator)
+    if flat:
+        return 3 * noise
+    places = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(rows)])
+    return noise - 1.3 * (places + 1).log()
+
+
+def measure(
+    case: str, rows: int, vocab_size: int, steps: int, prompt_tokens: int, flat: bool
+) -> list[float]:
     """Milliseconds of each step."""
     generator = torch.Generator().manual_seed(1)
     sampler = Sampler(vocab_size, (2,))
     for i in range(rows):
         prompt = torch.randint(vocab_size, (prompt_tokens,), generator=generator).tolist()
         sampler.add(i, *CASES[case](i), prompt)
-    logits = (torch.randn((rows, vocab_size), generator=generator) * 3).numpy()
+    logits = make_logits(rows, vocab_size, flat, generator).numpy()
     times = []
     for _ in range(steps):
         fresh = torch.from_numpy(logits.copy())
@@ -69,10 +80,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--flat", action="store_true")
     args = parser.parse_args()
     print(f"{args.rows} rows, vocabulary {args.vocab}: ms per step, median (best)")
     for case in CASES:
-        times = measure(case, args.rows, args.vocab, args.steps, args.prompt_tokens)
+        times = measure(case, args.rows, args.vocab, args.steps, args.prompt_tokens, args.flat)
         print(f"{case:40s} {median(times):7.2f} ({min(times):.2f})")
 
 

@@ -232,6 +232,17 @@ def test_nothing_to_choose(params: SamplingParams) -> None:
     assert sampler.sample([1], torch.full((1, 5), -torch.inf)) == [Choice(-1, None, NOT_FINITE)]
 
 
+def test_overflow_by_temperature_fails_alone() -> None:
+    sampler = Sampler(600, EOS)
+    for i in range(2):
+        sampler.add(i, SamplingParams(do_sample=True, temperature=f32(0.05)), NO_DETAILS, [])
+    logits = torch.zeros((2, 600))
+    logits[1, 3] = 1e38
+    choices = sampler.sample([0, 1], logits)
+    assert choices[0].error is None
+    assert choices[1].error == NOT_FINITE
+
+
 @pytest.mark.parametrize("params", EVERY_WAY)
 def test_minus_infinity_is_no_error(params: SamplingParams) -> None:
     """A masked vocabulary: only what is left is chosen and shown."""

@@ -24,11 +24,11 @@ _log = logging.getLogger(__name__)
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library; None, and a line in the log, where it cannot be had."""
-    cached = Path.home() / ".cache" / "tgis" / "kernels" / _file_name()
     try:
+        cached = Path.home() / ".cache" / "tgis" / "kernels" / _file_name()
         path = next((p for p in (_beside(), cached) if p.is_file()), None)
         loaded = ctypes.CDLL(str(path or compile_to(cached)))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # Runtime: no home
         _log.warning("seeded sampling runs without its C part, about five times slower: %s", error)
         return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64

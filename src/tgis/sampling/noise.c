@@ -21,9 +21,12 @@ static inline uint32_t mix(uint32_t high, uint32_t low, uint32_t far)
 }
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-__attribute__((target_clones("avx512f", "avx2", "default")))
+#define VARIANTS __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define VARIANTS
 #endif
-static void twist(uint32_t *w)
+
+VARIANTS static void twist(uint32_t *w)
 {
     /* Each loop reads at least 227 words ahead of or behind what it writes: safe to vectorise. */
     for (int i = 0; i < N - M; i++)
@@ -68,24 +71,38 @@ EXPORT void tgis_noise_at(stream *s, int64_t vocab, const int64_t *ids, int64_t 
     s->spent = (uint32_t)(2 * vocab - first);
 }
 
+/* The uniform numbers of some pairs of words. */
+VARIANTS static void uniforms(const uint32_t *w, int64_t count, double *u)
+{
+    for (int64_t i = 0; i < count; i++)
+        u[i] = uniform(w + 2 * i);
+}
+
 /* The id of the highest probability / noise of a row, the lowest of equals. Noise is never less
    than its uniform number: where even that is too much, the logarithm is not taken. */
 EXPORT int64_t tgis_noise_winner(stream *s, int64_t vocab, const float *probs)
 {
     float best = -1.0f;
+    double enough = -1.0; /* of probability / uniform number, to be looked at */
     int64_t winner = 0;
-    for (int64_t i = 0; i < vocab; i++, s->spent += 2) {
+    for (int64_t i = 0; i < vocab;) {
         if (s->spent == N) {
             twist(s->words);
             s->spent = 0;
         }
-        double u = uniform(s->words + s->spent);
-        if (probs[i] < (1 - 1e-5) * best * u)
-            continue;
-        float ratio = probs[i] / exponential(u);
-        if (ratio > best) {
-            best = ratio;
-            winner = i;
+        double u[N / 2];
+        int64_t count = (N - s->spent) / 2 < vocab - i ? (N - s->spent) / 2 : vocab - i;
+        uniforms(s->words + s->spent, count, u);
+        s->spent += 2 * count;
+        for (int64_t end = i + count, j = 0; i < end; i++, j++) {
+            if (probs[i] < enough * u[j])
+                continue;
+            float ratio = probs[i] / exponential(u[j]);
+            if (ratio > best) {
+                best = ratio;
+                enough = (1 - 1e-5) * ratio;
+                winner = i;
+            }
         }
     }
     return winner;

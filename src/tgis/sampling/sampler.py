@@ -9,14 +9,18 @@ from torch import Tensor
 
 from tgis.sampling.candidates import as_array, head, nucleus, pack
 from tgis.sampling.logprobs import Scored, best_of, describe, norms_of, ranks_of
+from tgis.sampling.native import library
 from tgis.sampling.seeds import NoiseStream
 from tgis.sampling.state import SequenceState
 from tgis.sampling.warpers import penalise, softmax, softmax_row, warp, warp_row
 from tgis.types import NO_DETAILS, DetailParams, SamplingParams, TokenDetails
 
+Row = NDArray[np.float32]
+Rows = Sequence[Row]
+States = Sequence[SequenceState]
+
 NOT_FINITE = "the model's scores for the next token are not finite"
 _FEW = 8192  # up to this many candidates are worked on apart from the whole row
-_NARROW = 256  # up to this wide, rows are worked on together
 
 
 class Choice(NamedTuple):
@@ -25,8 +29,9 @@ class Choice(NamedTuple):
     Attributes:
         token_id: -1 with an error.
         details: None where the sequence wants no details of generated tokens, or with an error.
-        error: set where the row's logits have no finite maximum (NaN, infinity, or nothing left to
-            choose). The sequence's state has not moved; its neighbours are not affected.
+        error: set where the row's logits have no finite maximum (NaN, infinity, nothing left to
+            choose, or an overflow by its temperature). The sequence's state has not moved; its
+            neighbours are not affected.
     """
 
     token_id: int
@@ -49,6 +54,7 @@ class Sampler:
     """
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        library()  # found or compiled now, not in the first step that samples
         self._vocab_size = vocab_size
         self._eos_ids = [i for i in eos_token_ids if 0 <= i < vocab_size]
         self._sequences: dict[int, SequenceState] = {}
@@ -111,32 +117,26 @@ class Sampler:
         return choices
 
 
-Row = NDArray[np.float32]
-Rows = Sequence[Row]
-States = Sequence[SequenceState]
-
-
 def _choose(rows: Rows, states: States) -> list[Choice]:
     """Choose for all rows, those together that need the same little work."""
     choices: dict[int, Choice] = {}
     greedy: list[int] = []
-    narrow: dict[int, _Selection] = {}
+    few: dict[int, dict[int, _Selection]] = {}
     for i, (row, state) in enumerate(zip(rows, states, strict=True)):
         if state.noise is None:
             greedy.append(i)
-        elif not np.isfinite(row.max()):
+        elif not np.isfinite(row.max() / np.float32(state.params.temperature)):
             choices[i] = _FAILED
         elif (selection := _select(row, state.params)) is None:
             choices[i] = _whole(row, state)
-        elif len(selection.ids) > _NARROW:
-            choices[i] = _few([row], [state], [selection])[0]
         else:
-            narrow[i] = selection
+            width = max(len(selection.ids).bit_length(), 8)  # similar widths: little padding
+            few.setdefault(width, {})[i] = selection
     best = _greedy([rows[i] for i in greedy], [states[i] for i in greedy])
     choices.update(zip(greedy, best, strict=True))
-    if narrow:
-        drawn = _few([rows[i] for i in narrow], [states[i] for i in narrow], [*narrow.values()])
-        choices.update(zip(narrow, drawn, strict=True))
+    for group in few.values():
+        drawn = _few([rows[i] for i in group], [states[i] for i in group], [*group.values()])
+        choices.update(zip(group, drawn, strict=True))
     return [choices[i] for i in range(len(states))]
 
 

@@ -185,14 +185,14 @@ def _outside_top_p(
 def _untypical(row: NDArray[np.float32], mass: float) -> NDArray[np.bool_]:
     """All but the tokens closest to the expected surprise whose masses reach p.
 
-    Neighbours in that order differ by about one unit in the last place, so that entropy and
-    surprise are computed by the very operators that TGIS uses.
+    Neighbours in that order differ by about one unit in the last place, so that normalising and
+    summing are left to the very operators that TGIS uses. More than 32,767 elements torch would sum
+    in parallel, and then by an order that the number of threads decides.
     """
-    logprobs = torch.from_numpy(row).log_softmax(-1)
-    terms = logprobs * logprobs.exp()
-    # torch sums more than this in parallel, and then by an order that the threads decide.
-    entropy = -sum(part.nansum() for part in torch.split(terms, 32767))
-    distance = (-logprobs - entropy).abs().numpy()
+    logprobs = torch.from_numpy(row).log_softmax(-1).numpy()
+    terms = torch.from_numpy(logprobs * np.exp(logprobs))
+    parts = [part.nansum() for part in torch.split(terms, 32767)]
+    distance = abs(-logprobs + torch.stack(parts).sum().numpy())
     probs, _ = softmax_row(row)
     for width in (*WIDTHS, len(row)):
         near = head(-distance, width)
