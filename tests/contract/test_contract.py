@@ -167,23 +167,25 @@ async def test_inside_batches(served: Served) -> None:
 
 
 async def test_random_seeds(served: Served) -> None:
-    """Without a seed every input gets its own, and it is the one that the answer was made with."""
-    params = {
-        "method": "SAMPLE",
-        "sampling": {"temperature": 3.0},
-        "stopping": {"maxNewTokens": 24, "minNewTokens": 24},
-    }
+    """Without a seed every input gets its own: the one that the answer was made with."""
     inputs = [{"text": "Once upon a time"}] * 5
+    num_tokens = min(24, served.file.limits.effective_new_tokens)
+
+    def request(count: int, **seed: str) -> Json:
+        sampling = {"temperature": 5.0, **seed}
+        stopping = {"maxNewTokens": num_tokens, "minNewTokens": num_tokens}
+        params = {"method": "SAMPLE", "sampling": sampling, "stopping": stopping}
+        return {"requests": inputs[:count], "params": params}
+
     async with connect(served.server.grpc) as client:
-        found = await client.call("Generate", {"requests": inputs, "params": params})
+        found = await client.call("Generate", request(5))
         assert not isinstance(found, Status), found
         responses = found["responses"]
-        seeds = [int(response["seed"]) for response in responses]
+        seeds = [response["seed"] for response in responses]
         assert len(set(seeds)) == len({response["text"] for response in responses}) == 5
-        assert all(0 <= seed < 2**32 for seed in seeds)
+        assert all(0 <= int(seed) < 2**32 for seed in seeds)
         for seed, response in zip(seeds, responses, strict=True):
-            seeded = params | {"sampling": {"temperature": 3.0, "seed": str(seed)}}
-            again = await client.call("Generate", {"requests": inputs[:1], "params": seeded})
+            again = await client.call("Generate", request(1, seed=seed))
             assert again == {"responses": [response]}
 
 

@@ -48,6 +48,8 @@ class Oracle:
     """
 
     def __init__(self, directory: Path, limits: Limits | None = None) -> None:
+        # The same sums on every machine; and these models are too small to share out.
+        torch.set_num_threads(1)
         self.limits = limits or Limits()
         config = AutoConfig.from_pretrained(directory)
         self.encoder_decoder = bool(config.is_encoder_decoder)
