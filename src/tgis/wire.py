@@ -64,15 +64,32 @@ class InputDetails(msgspec.Struct, frozen=True, array_like=True):
     details: list[TokenDetails]
 
 
+class SchedulerCounts(msgspec.Struct, array_like=True):
+    """What the scheduler counted since it was asked last."""
+
+    num_preempted: int = 0
+    num_queue_jumps: int = 0  # admitted although an earlier one had just been passed over
+    num_exact_fits: int = 0  # admitted only thanks to the budget's exact test
+    num_weight_skips: int = 0  # passed over for the weight of their prefill
+    num_padding_skips: int = 0  # passed over for the padding that they would have caused
+    prefix_query_tokens: int = 0  # tokens of admitted prompts
+    prefix_hit_tokens: int = 0  # of those, tokens that were cached
+
+
 class StepStats(msgspec.Struct, frozen=True, array_like=True):
-    """One step of the engine, for the batch metrics."""
+    """One step of the engine, for the batch metrics. Sent to one front, so that sums are right."""
 
     duration: float  # seconds from plan to accounted tokens
-    forward_duration: float
-    num_prefill_seqs: int
+    forward_duration: float  # of those, in the engine
+    tokens_duration: float  # of those, choosing and accounting tokens
+    num_prefill_seqs: int  # that have not got a token before, or are computed anew
     num_prefill_tokens: int
     num_decode_seqs: int
-    num_preempted: int
+    num_joined: int  # that got their first token while others were running
+    num_calls: int  # of the engine; more than one if it failed
+    num_errors: int  # failed calls
+    num_out_of_memory: int  # calls that failed for want of memory
+    counts: SchedulerCounts
 
 
 class Gauges(msgspec.Struct, frozen=True, array_like=True):
@@ -80,8 +97,8 @@ class Gauges(msgspec.Struct, frozen=True, array_like=True):
 
     num_waiting: int = 0
     num_running: int = 0
-    running_tokens: int = 0  # input + generated tokens of running sequences
-    remaining_tokens: int = 0  # sum over running sequences of tokens they may still generate
+    running_tokens: int = 0  # input + generated tokens of running sequences, with padding
+    remaining_tokens: int = 0  # most tokens that a running sequence may still generate
     kv_tokens_used: int = 0
     kv_tokens_total: int = 0
 

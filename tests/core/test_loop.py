@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
 from tests.kit.fake_engine import VOCAB, FakeEngine, continuation
+
+from tgis.core.budget import PagedBudget
 from tgis.core.kv.rows import RowsMemory
 from tgis.core.link import FrontLink
 from tgis.core.loop import Core
@@ -99,7 +100,7 @@ class House:
         for _ in range(times):
             self.core.turn(0.0)
             self.now[0] += 1
-        assert self.memory.check() is None
+        assert self.core.check() is None
 
     def run(self, *fronts: Front) -> None:
         self.turn()
@@ -111,6 +112,7 @@ class House:
         assert not self.core._by_uid
         assert not self.core._sequences
         assert not self.core._sampler._sequences
+        assert self.memory.check() is None
 
 
 @pytest.fixture
@@ -118,9 +120,15 @@ def house(tmp_path: Path) -> Iterator[House]:
     path = tmp_path / "core.sock"
     link = FrontLink(path)
     engine = FakeEngine()
-    engine.allocate(CacheShape(SLOTS, 64))
-    memory = RowsMemory(SLOTS, 200)
-    scheduler = Scheduler(memory, max_step_tokens=16, max_running=SLOTS, eos_token_ids=[])
+    engine.allocate(CacheShape(2 * SLOTS, 64))
+    memory = RowsMemory(2 * SLOTS, 200)
+    scheduler = Scheduler(
+        memory,
+        PagedBudget(200, horizon=16),
+        max_step_tokens=16,
+        max_running=SLOTS,
+        eos_token_ids=[],
+    )
     now = [0.0]
     core = Core(engine, Sampler(VOCAB, ()), scheduler, link, Pulse(), clock=lambda: now[0])
     house = House(path, link, core, engine, scheduler, memory, now)

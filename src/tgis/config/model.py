@@ -30,8 +30,7 @@ Framework = Literal[
     "hf_custom_tp",
 ]
 NO_CUDA = "it concerns CUDA devices, and this server computes on the CPU"
-NOT_MEASURED = "memory is planned from the model's shape, not measured by trial runs"
-_NOT_PADDED = "there is no padded engine in this version"
+NOT_MEASURED = "memory is measured by one trial step, not by a series of them"
 _DTYPES = {"auto": None, "float": "float32", "half": "float16"} | {
     name: name for name in ("float32", "float16", "bfloat16")
 }
@@ -165,7 +164,6 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
                 1.0,
                 "max_prefill_padding ({v}) must be a percentage in the range [0.0, 1.0]",
             ),
-            no_effect=_NOT_PADDED,
         ),
     ] = 0.2
     max_waiting_tokens: Annotated[
@@ -174,7 +172,6 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             LIMITS,
             "steps that small additions to the batch may wait (padded engines)",
             check=at_least(0),
-            no_effect=_NOT_PADDED,
         ),
     ] = 24
     max_step_tokens: Annotated[
@@ -191,7 +188,6 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             LIMITS,
             "keep computed prompts and reuse their beginnings",
-            no_effect="prompts are not kept by this version",
         ),
     ] = True
 
@@ -255,21 +251,19 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "manual", "off"],
         Setting(
             MEMORY,
-            "how the memory of a batch is estimated",
+            "how the memory of a batch is estimated (padded engines)",
             kind=choice(
                 {name: name for name in ("auto", "manual", "off")},
                 "valid options for ESTIMATE_MEMORY are auto, manual, and off",
             ),
-            no_effect=NOT_MEASURED,
         ),
     ] = "auto"
     batch_safety_margin: Annotated[
         int,
         Setting(
             MEMORY,
-            "percent of free device memory kept back",
+            "percent of the estimated memory kept back (padded engines)",
             check=between(0, 99, noun="a percentage"),
-            no_effect=NO_CUDA,
         ),
     ] = 20
     cuda_process_memory_fraction: Annotated[

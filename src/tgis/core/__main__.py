@@ -54,7 +54,7 @@ def serve(channel: Channel[ToChild], boot: Boot) -> None:
     heartbeat = Heartbeat(channel, link)
     heartbeat.start()
     # Imported late: torch takes a second, and the heart must beat before that.
-    from tgis.core.assembly import assemble  # noqa: PLC0415
+    from tgis.core.assembly import assemble
 
     def progress(bytes_done: int, bytes_total: int) -> None:
         link.greet(Loading(bytes_done, bytes_total))

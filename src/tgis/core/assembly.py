@@ -7,21 +7,16 @@ import torch
 
 from tgis.config import effective_limits
 from tgis.control import Boot
-from tgis.core.kv.rows import RowsMemory
 from tgis.core.link import FrontLink
 from tgis.core.loop import Core, Pulse
-from tgis.core.memory import kv_capacity
+from tgis.core.pool import make_pool
 from tgis.core.scheduler import Scheduler
 from tgis.core.threads import choose_threads
-from tgis.engines.base import CacheShape
 from tgis.engines.registry import load_engine
 from tgis.sampling import Sampler
 from tgis.types import ModelInfo
 
 log = logging.getLogger(__name__)
-
-DEFAULT_MAX_RUNNING = 128
-DEFAULT_STEP_TOKENS = 512
 
 Progress = Callable[[int, int], None]
 
@@ -45,18 +40,12 @@ def assemble(
     torch.set_grad_enabled(False)
     limits = effective_limits(config, files)
     engine = load_engine(config, files, progress)
-    max_running = config.max_batch_size or DEFAULT_MAX_RUNNING
-    capacity = kv_capacity(
-        config.kv_cache_memory,
-        engine.caps.kv_bytes_per_token,
-        limits.max_sequence_length,
-        max_running,
-    )
-    engine.allocate(CacheShape(max_running, limits.max_sequence_length))
+    pool = make_pool(engine, config, limits.max_sequence_length)
     scheduler = Scheduler(
-        RowsMemory(max_running, capacity),
-        max_step_tokens=config.max_step_tokens or max(DEFAULT_STEP_TOKENS, 2 * max_running),
-        max_running=max_running,
+        pool.memory,
+        pool.budget,
+        max_step_tokens=pool.max_step_tokens,
+        max_running=pool.max_running,
         eos_token_ids=files.eos_token_ids,
     )
     sampler = Sampler(engine.caps.vocab_size, files.eos_token_ids)
@@ -67,7 +56,7 @@ def assemble(
         vocab_size=engine.caps.vocab_size,
         max_sequence_length=limits.max_sequence_length,
         max_new_tokens=limits.max_new_tokens,
-        kv_tokens=capacity,
-        max_running=max_running,
+        kv_tokens=pool.memory.total,
+        max_running=pool.max_running,
     )
     return Core(engine, sampler, scheduler, link, pulse), model

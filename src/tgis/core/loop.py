@@ -1,6 +1,7 @@
 """The loop of the core: ingest -> schedule -> run -> account -> emit.
 
-Every `Add` gets exactly one terminal message, whatever happens in between.
+Every `Add` gets exactly one terminal message, whatever happens in between, and what fails in a step
+fails alone.
 """
 
 import logging
@@ -10,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from tgis.core import runner
 from tgis.core.link import FrontLink
 from tgis.core.scheduler import Scheduler
 from tgis.core.sequence import Sequence
@@ -47,6 +49,7 @@ class _Outbox:
         self.tokens: list[TokenOut] = []
         self.inputs: list[InputDetails] = []
         self.started: list[tuple[int, float]] = []
+        self.stats: StepStats | None = None
 
 
 class Core:
@@ -77,6 +80,7 @@ class Core:
         self._by_uid: dict[int, Sequence] = {}
         self._next_uid = 0
         self._outboxes: dict[int, _Outbox] = {}
+        self._fault: str | None = None  # reported already
 
     def turn(self, wait: float) -> None:
         """One turn: ingest, then a step if there is work.
@@ -89,6 +93,23 @@ class Core:
             self._pulse.step_started = self._clock()
             self._step()
             self._pulse.step_started = 0.0
+            self._check_idle()
+
+    def check(self) -> str | None:
+        """What is wrong with the accounts, if anything."""
+        known = self._scheduler.num_waiting + self._scheduler.num_running
+        if not len(self._by_uid) == len(self._sequences) == known:
+            return f"{len(self._by_uid)} sequences, of which the scheduler knows {known}"
+        return self._scheduler.check()
+
+    def _check_idle(self) -> None:
+        """When there is nothing to do, look for leaks; they are reported, never fatal."""
+        if self._scheduler.has_work:
+            return
+        fault = self.check()
+        if fault is not None and fault != self._fault:
+            log.error("the accounts are wrong: %s", fault)
+        self._fault = fault
 
     def _ingest(self, wait: float) -> None:
         for client, message in self._link.receive(wait):
@@ -114,10 +135,10 @@ class Core:
         self._sequences[client, request.seq_id] = self._by_uid[seq.uid] = seq
         self._scheduler.add(seq)
 
-    def _drop(self, seq: Sequence | None) -> None:
-        """Take a live sequence out of everything."""
+    def _drop(self, seq: Sequence | None, sound: bool = True) -> None:
+        """Take a live sequence out of everything; what is not sound does not stay in the cache."""
         if seq is not None:
-            self._scheduler.remove(seq)
+            self._scheduler.remove(seq, keep=sound)
             self._forget(seq)
 
     def _forget(self, seq: Sequence) -> None:
@@ -125,7 +146,7 @@ class Core:
         del self._sequences[seq.client, seq.request.seq_id], self._by_uid[seq.uid]
 
     def _fail(self, seq: Sequence, kind: FailureKind, message: str) -> None:
-        self._drop(seq)
+        self._drop(seq, sound=False)
         self._link.send(seq.client, Failed(seq.request.seq_id, kind, message))
 
     def _step(self) -> None:
@@ -135,73 +156,96 @@ class Core:
             self._outbox(seq).tokens.append(
                 TokenOut(seq.request.seq_id, -1, FinishReason.TIME_LIMIT)
             )
-        preempted = self._scheduler.num_preempted
         plan = self._scheduler.schedule()
-        stats = None
+        self._release()
         if plan.rows:
-            forward = self._run(plan)
-            num_decode = sum(1 for row in plan.rows if len(row.token_ids) == 1)
-            stats = StepStats(
-                duration=self._clock() - start,
-                forward_duration=forward,
-                num_prefill_seqs=len(plan.rows) - num_decode,
-                num_prefill_tokens=plan.num_tokens - num_decode,
-                num_decode_seqs=num_decode,
-                num_preempted=self._scheduler.num_preempted - preempted,
+            self._note_started(plan, start)
+            reporter = self._outbox(self._by_uid[plan.rows[0].seq_id])
+            prompts = [row for row in plan.rows if self._is_prompt(row)]
+            result = runner.run(self._engine, plan, self._clock)
+            tokens_start = self._clock()
+            for broken in result.broken:
+                self._fail_rows(broken.rows, broken.error)
+            num_joined = sum(self._account_safely(part) for part in result.done)
+            end = self._clock()
+            reporter.stats = StepStats(
+                duration=end - start,
+                forward_duration=result.seconds,
+                tokens_duration=end - tokens_start,
+                num_prefill_seqs=len(prompts),
+                num_prefill_tokens=self._scheduler.batch_tokens(prompts),
+                num_decode_seqs=len(plan.rows) - len(prompts),
+                num_joined=num_joined if len(prompts) < len(plan.rows) else 0,
+                num_calls=result.num_calls,
+                num_errors=result.num_errors,
+                num_out_of_memory=result.num_out_of_memory,
+                counts=self._scheduler.drain_counts(),
             )
-        self._emit(stats)
+            self._release()
+        self._emit()
 
-    def _run(self, plan: StepPlan) -> float:
-        """Run one plan and account for it; returns the seconds that the engine took."""
-        now = self._clock()
+    def _release(self) -> None:
+        released = self._scheduler.drain_released()
+        if released:
+            self._engine.release(released)
+
+    def _is_prompt(self, row: Row) -> bool:
+        """Whether a row prefills: a prompt, or a sequence that is computed anew."""
+        return len(row.token_ids) > 1 or self._by_uid[row.seq_id].num_generated == 0
+
+    def _note_started(self, plan: StepPlan, now: float) -> None:
         for row in plan.rows:
             seq = self._by_uid[row.seq_id]
             if not seq.started:
                 seq.started = True
                 self._outbox(seq).started.append((seq.request.seq_id, now))
-        try:
-            logits = self._engine.forward(plan)
-            forward = self._clock() - now
-            self._account(plan, logits)
-        except MemoryError as error:
-            log.exception("a step ran out of memory")
-            self._fail_plan(plan, FailureKind.OUT_OF_MEMORY, str(error) or "out of memory")
-            forward = 0.0
-        except Exception as error:
-            log.exception("a step failed")
-            self._fail_plan(plan, FailureKind.GENERATION, type(error).__name__)
-            forward = 0.0
-        self._engine.release(self._scheduler.drain_released())
-        return forward
 
-    def _fail_plan(self, plan: StepPlan, kind: FailureKind, message: str) -> None:
-        for row in plan.rows:
+    def _fail_rows(self, rows: list[Row], error: Exception) -> None:
+        if isinstance(error, MemoryError):
+            kind, message = FailureKind.OUT_OF_MEMORY, str(error) or "out of memory"
+        else:
+            kind, message = FailureKind.GENERATION, type(error).__name__
+        for row in rows:
             seq = self._by_uid.get(row.seq_id)
             if seq is not None:
                 self._fail(seq, kind, message)
 
-    def _account(self, plan: StepPlan, logits: torch.Tensor) -> None:
-        """Note what has been computed, and choose a token for each sequence that is complete."""
+    def _account_safely(self, part: runner.Done) -> int:
+        try:
+            return self._account(part.rows, part.logits)
+        except Exception as error:
+            log.exception("the tokens of a step could not be chosen")
+            self._fail_rows(part.rows, error)
+            return 0
+
+    def _account(self, rows: list[Row], logits: torch.Tensor) -> int:
+        """Note what has been computed, and choose a token for each sequence that is complete.
+
+        Returns:
+            The sequences that got their first token.
+        """
         ready: list[Sequence] = []
         picks: list[int] = []  # row of `logits` per ready sequence
         offset = 0
-        for row in plan.rows:
+        for row in rows:
             seq = self._by_uid[row.seq_id]
             self._scheduler.account(seq, row)
             num_logits = _num_logits(row)
             if row.want is Want.ALL:
                 self._note_inputs(seq, row, logits[offset : offset + num_logits])
             offset += num_logits
-            if seq.num_uncomputed == 0:
+            if seq.num_computed == len(seq.token_ids):
                 ready.append(seq)
                 picks.append(offset - 1)
         if not ready:
-            return
+            return 0
+        num_first = sum(seq.num_generated == 0 for seq in ready)
         chosen = logits if len(picks) == offset else logits[picks]
         choices = self._sampler.sample([seq.uid for seq in ready], chosen)
         now = self._clock()
         for seq, choice in zip(ready, choices, strict=True):
             self._append(seq, choice, now)
+        return num_first
 
     def _note_inputs(self, seq: Sequence, row: Row, logits: torch.Tensor) -> None:
         """Details of the prompt tokens that follow this row's positions, each noted once."""
@@ -230,10 +274,10 @@ class Core:
             box = self._outboxes[seq.client] = _Outbox()
         return box
 
-    def _emit(self, stats: StepStats | None) -> None:
+    def _emit(self) -> None:
         gauges = self._pulse.gauges = self._scheduler.gauges()
         for client, box in self._outboxes.items():
-            self._link.send(client, Out(box.tokens, box.inputs, box.started, stats, gauges))
+            self._link.send(client, Out(box.tokens, box.inputs, box.started, box.stats, gauges))
         self._outboxes.clear()
 
 

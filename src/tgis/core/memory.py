@@ -1,47 +1,144 @@
-"""How many tokens' keys and values fit into memory."""
+"""How many tokens' keys and values fit into memory: measured where it can be, never guessed.
 
+Once the weights are loaded, one small step with all its logits is run, and its peak memory is
+scaled to a step of full size. Of what then is available, a share is the pool's.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
+from tgis.engines.base import Engine
+from tgis.engines.plan import Row, StepPlan, Want
 from tgis.errors import ConfigError
 
-# Of the memory that is available once the weights are loaded; the rest is for activations, the
-# front, and whatever else runs on the machine.
+log = logging.getLogger(__name__)
+
+# Of the memory that is available beside weights and a step's activations; the rest is for the
+# front, the page cache of the weights' files, and whatever else runs on the machine.
 DEFAULT_SHARE = 0.5
-_CGROUP = Path("/sys/fs/cgroup")
-_MEMINFO = Path("/proc/meminfo")
+_PROBE_TOKENS = 64
+_MIB = 1 << 20
 
 
-def available_memory(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO) -> int:
-    """Bytes that this process may still take: the machine's, or less in a limited cgroup (v2)."""
-    fields = (line.split() for line in meminfo.read_text().splitlines())
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: the machine's, or less by a cgroup's limit.
+
+    Args:
+        root: of the file system, for tests.
+    """
+    fields = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
     available = next(int(words[1]) * 1024 for words in fields if words[0] == "MemAvailable:")
+    return min([available, *_cgroup_rooms(root)])
+
+
+def _cgroup_rooms(root: Path) -> Iterator[int]:
+    """What is left in each cgroup that this process is in, own and above, version 1 and 2."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    names_v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own = Path(path.lstrip("/"))
+            if not controllers:
+                base, files = root / "sys/fs/cgroup", names
+            elif "memory" in controllers.split(","):
+                base, files = root / "sys/fs/cgroup/memory", names_v1
+            else:
+                continue
+            for group in (own, *own.parents):
+                room = _cgroup_room(base / group, *files)
+                if room is not None:
+                    yield room
+
+
+def _cgroup_room(group: Path, limit_name: str, usage_name: str, reclaimable: str) -> int | None:
+    """Limit less usage; files that nobody has used lately do not count. None = no limit."""
     try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        current = int((cgroup / "memory.current").read_text())
+        limit = (group / limit_name).read_text().strip()
+        usage = int((group / usage_name).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        return available
-    return available if limit == "max" else min(available, max(int(limit) - current, 0))
+        return None
+    if limit == "max":
+        return None
+    return max(int(limit) - usage + int(stat.get(reclaimable, 0)), 0)
+
+
+def step_memory(engine: Engine, max_step_tokens: int, max_sequence_length: int) -> int:
+    """Bytes that a step of `max_step_tokens` needs beside weights and cache, by a trial.
+
+    The engine's cache must be allocated; slot 0 is used and given back. 0 where the system does
+    not tell a process its peak.
+    """
+    num_tokens = min(_PROBE_TOKENS, max_step_tokens, max_sequence_length)
+    tokens = [number % engine.caps.vocab_size for number in range(num_tokens)]
+    plan = StepPlan([Row(0, 0, tokens, 0, Want.ALL)])
+    before = _reset_peak()
+    engine.forward(plan)
+    peak = _status("VmHWM") - before if before else 0
+    engine.release([0])
+    return max(peak, 0) * max_step_tokens // num_tokens
+
+
+def _reset_peak() -> int:
+    """Begin to measure the peak anew; returns the bytes held now, 0 if that is not possible."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return 0
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def kv_capacity(
-    memory: int | None, bytes_per_token: int, max_sequence_length: int, max_running: int
+    memory: int | None,
+    bytes_per_token: int,
+    max_sequence_length: int,
+    most_tokens: int,
+    *,
+    granule: int = 1,
+    step_bytes: int = 0,
 ) -> int:
-    """Tokens that fit.
+    """Tokens that fit, a multiple of `granule`; says so in the log.
 
     Args:
         memory: bytes for keys and values; None = a share of what is available.
         bytes_per_token: keys and values of one token over all layers.
+        most_tokens: more are of no use.
+        granule: tokens that are committed at a time.
+        step_bytes: what a step needs beside.
 
     Raises:
         ConfigError: not even one sequence of full length fits.
     """
-    budget = int(available_memory() * DEFAULT_SHARE) if memory is None else memory
-    tokens = min(budget // bytes_per_token, max_running * max_sequence_length)
-    if tokens < max_sequence_length:
+    available = max(available_memory() - step_bytes, 0)
+    room = int(available * DEFAULT_SHARE) if memory is None else memory
+    tokens = min(room // bytes_per_token, most_tokens) // granule * granule
+    if tokens < -(-max_sequence_length // granule) * granule:
         raise ConfigError(
             f"--max-sequence-length {max_sequence_length}: its keys and values need "
             f"{max_sequence_length * bytes_per_token} bytes, but "
-            f"{'memory has' if memory is None else '--kv-cache-memory is'} {budget}; "
+            f"{'memory has' if memory is None else '--kv-cache-memory is'} {room}; "
             "lower --max-sequence-length or raise --kv-cache-memory"
         )
+    log.info(
+        "memory fits %d tokens of keys and values (%d MiB of %d MiB available; a step needs %d"
+        " MiB): %d sequences of %d tokens",
+        tokens,
+        tokens * bytes_per_token // _MIB,
+        available // _MIB,
+        step_bytes // _MIB,
+        tokens // max_sequence_length,
+        max_sequence_length,
+    )
+    if memory is not None and memory > available:
+        log.warning("--kv-cache-memory %d is more than the %d bytes available", memory, available)
     return tokens

@@ -6,22 +6,24 @@ prompt never waits for the end of a stream.
 
 Memory for a prompt is reserved whole when it is admitted. Generated tokens reserve as they come;
 when memory runs out, the sequence admitted last gives its memory up and is computed again later
-(preemption by recomputation).
+(preemption by recomputation). The one admitted first never does, so there is always progress.
 """
 
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
 
+from tgis.core.budget import Budget, Load, Room, Verdict
 from tgis.core.kv.base import KvMemory
 from tgis.core.sequence import Sequence
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.types import FinishReason
-from tgis.wire import Gauges
+from tgis.wire import Gauges, SchedulerCounts
 
-# A request that does not fit may be passed only by requests that came less than this later.
+# A request that does not fit may be passed only by requests that came less than this later ...
 OVERTAKING_SECONDS = 1.0
-# Room that each running sequence keeps to grow in before another one is admitted.
-HEADROOM_TOKENS = 16
+# ... and a step looks at so many that do not fit at most.
+_MOST_SKIPPED = 32
 
 
 class Scheduler:
@@ -29,7 +31,9 @@ class Scheduler:
 
     Args:
         memory: accounts of key/value memory.
-        max_step_tokens: new tokens that one step computes at most.
+        budget: says whether a waiting sequence may join the running ones.
+        max_step_tokens: new tokens that one step computes at most. An engine that cannot compute a
+            prompt in chunks needs so many that none is ever cut.
         max_running: sequences that hold memory at the same time at most.
         eos_token_ids: any of them ends a sequence.
     """
@@ -37,6 +41,7 @@ class Scheduler:
     def __init__(
         self,
         memory: KvMemory,
+        budget: Budget,
         *,
         max_step_tokens: int,
         max_running: int,
@@ -45,56 +50,88 @@ class Scheduler:
         if max_step_tokens <= max_running:
             raise ValueError(f"max_step_tokens {max_step_tokens} <= max_running {max_running}")
         self._memory = memory
+        self._budget = budget
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
         self._eos = frozenset(eos_token_ids)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
-        self.num_preempted = 0
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # by uid, first come first
+        self._running: dict[int, Sequence] = {}  # by uid, in order of admission
+        self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, uid)
+        self._steps_alone = 0  # since a sequence was admitted last
+        self._counts = SchedulerCounts()
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return bool(self.waiting or self.running)
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no memory."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold memory."""
+        return len(self._running)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
-        self.waiting.append(seq)
+        self._waiting[seq.uid] = seq
+        self._note_deadline(seq)
 
-    def remove(self, seq: Sequence) -> None:
-        """Forget a sequence in whatever state and take its memory back."""
+    def remove(self, seq: Sequence, keep: bool = True) -> None:
+        """Forget a sequence in whatever state and take its memory back.
+
+        Args:
+            keep: what was computed of it is sound, and may serve others as a cached prefix.
+        """
         if seq.slot >= 0:
-            self.running.remove(seq)
-            self._memory.close(seq)
+            del self._running[seq.uid]
+            self._memory.close(seq, keep)
         else:
-            self.waiting.remove(seq)
+            del self._waiting[seq.uid]
 
     def expire(self, now: float) -> list[Sequence]:
-        """Remove and return the waiting sequences whose deadline has passed."""
-        expired = [seq for seq in self.waiting if now > seq.request.deadline]
-        for seq in expired:
-            self.waiting.remove(seq)
+        """Remove and return the sequences whose deadline has passed and that get no token soon.
+
+        Those that wait for their next token only get it, and end with it.
+        """
+        expired = []
+        while self._deadlines and self._deadlines[0][0] < now:
+            _, uid = heappop(self._deadlines)
+            seq = self._waiting.get(uid) or self._running.get(uid)
+            if seq is not None and (seq.slot < 0 or seq.num_uncomputed > 1):
+                self.remove(seq)
+                expired.append(seq)
         return expired
 
     def schedule(self) -> StepPlan:
         """Plan the next step and reserve the memory that it needs."""
         rows: list[Row] = []
-        budget = self._max_step_tokens
-        num_preempted = self.num_preempted
-        for seq in tuple(self.running):
-            if seq.slot >= 0 and seq.num_uncomputed == 1 and self._grow(seq):
-                rows.append(_row(seq, 1))
-                budget -= 1
-        for seq in self.running:
-            if budget and seq.num_uncomputed > 1:
-                budget -= self._chunk(seq, budget, rows)
-        if num_preempted == self.num_preempted:
+        prompts: list[Sequence] = []
+        num_preempted = self._counts.num_preempted
+        for seq in tuple(self._running.values()):
+            length = len(seq.token_ids)
+            if length - seq.num_computed > 1:
+                prompts.append(seq)
+            elif seq.slot >= 0 and (length <= seq.room or self._grow(seq)):
+                last = seq.token_ids[-1]
+                rows.append(Row(seq.uid, seq.slot, [last], length - 1, Want.LAST, seq.block_table))
+        budget = self._max_step_tokens - len(rows)
+        for seq in prompts:
+            if budget and seq.slot >= 0:
+                budget -= _add_chunk(seq, budget, rows)
+        self._steps_alone += 1
+        if self._waiting and budget and num_preempted == self._counts.num_preempted:
             self._admit(budget, rows)
         return StepPlan(rows, self._memory.drain_copies())
 
     def account(self, seq: Sequence, row: Row) -> None:
         """Note that `row` has been computed."""
         seq.num_computed += len(row.token_ids)
+        if row.start < seq.num_prompt:
+            self._memory.commit(seq)
 
     def append(self, seq: Sequence, token_id: int, now: float) -> FinishReason:
         """Add a chosen token; a sequence that ends thereby is removed."""
@@ -105,86 +142,134 @@ class Scheduler:
         return reason
 
     def drain_released(self) -> list[int]:
-        """Slots whose memory may go back to the operating system."""
+        """Slots whose memory must go back to the operating system before the next step."""
         return self._memory.drain_released()
+
+    def drain_counts(self) -> SchedulerCounts:
+        """What has been counted since the last call."""
+        counts, self._counts = self._counts, SchedulerCounts()
+        return counts
+
+    def batch_tokens(self, rows: Iterable[Row]) -> int:
+        """New tokens of these rows, with padding if the engine pads."""
+        return self._budget.batch_tokens(len(row.token_ids) for row in rows)
 
     def gauges(self) -> Gauges:
         """The state of queue, batch and memory."""
+        lengths = [len(seq.token_ids) for seq in self._running.values()]
         return Gauges(
-            num_waiting=len(self.waiting),
-            num_running=len(self.running),
-            running_tokens=sum(len(seq.token_ids) for seq in self.running),
-            remaining_tokens=sum(seq.num_remaining for seq in self.running),
+            num_waiting=len(self._waiting),
+            num_running=len(lengths),
+            running_tokens=self._budget.batch_tokens(lengths),
+            remaining_tokens=self._longest_remaining(),
             kv_tokens_used=self._memory.used,
             kv_tokens_total=self._memory.total,
         )
 
+    def check(self) -> str | None:
+        """What is wrong with the accounts, if anything."""
+        memory = self._memory
+        if memory.used + memory.cached + memory.free != memory.total:
+            return f"{memory.used} used + {memory.cached} cached + {memory.free} free tokens"
+        if not self._running and memory.used:
+            return f"{memory.used} tokens used by nobody"
+        return memory.check()
+
+    def _longest_remaining(self) -> int:
+        return max((seq.num_remaining for seq in self._running.values()), default=0)
+
+    def _note_deadline(self, seq: Sequence) -> None:
+        if seq.deadline != float("inf"):
+            heappush(self._deadlines, (seq.deadline, seq.uid))
+
     def _finish_reason(self, seq: Sequence, token_id: int, now: float) -> FinishReason:
         """The order of the rules is that of the TGIS api (stopping)."""
-        if now > seq.request.deadline:
+        length = len(seq.token_ids)
+        if now > seq.deadline:
             return FinishReason.TIME_LIMIT
-        if seq.num_generated < seq.request.sampling.min_new_tokens:
+        if length < seq.min_length:
             return FinishReason.NOT_FINISHED
         if token_id in self._eos:
             return FinishReason.EOS_TOKEN
-        if seq.num_remaining <= 0:
+        if length >= seq.max_length:
             return FinishReason.MAX_TOKENS
         return FinishReason.NOT_FINISHED
 
     def _grow(self, seq: Sequence) -> bool:
         """Reserve the next token of `seq`, at the cost of sequences admitted after it."""
         while not self._memory.reserve(seq, len(seq.token_ids)):
-            victim = self.running[-1]
+            victim = next(reversed(self._running.values()))
             self._preempt(victim)
             if victim is seq:
                 return False
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
+        del self._running[seq.uid]
         self._memory.close(seq)
-        self.waiting.appendleft(seq)
-        self.num_preempted += 1
-
-    def _chunk(self, seq: Sequence, budget: int, rows: list[Row]) -> int:
-        num_tokens = min(seq.num_uncomputed, budget)
-        rows.append(_row(seq, num_tokens))
-        return num_tokens
+        self._waiting[seq.uid] = seq
+        self._waiting.move_to_end(seq.uid, last=False)
+        self._note_deadline(seq)
+        self._counts.num_preempted += 1
 
     def _admit(self, budget: int, rows: list[Row]) -> None:
         """Let waiting sequences in, in order; small ones may pass one that does not fit, but only
         for a while, so that nothing waits for ever.
         """
-        cutoff = float("inf")
-        for seq in tuple(self.waiting):
-            if not budget or len(self.running) >= self._max_running or seq.request.arrival > cutoff:
+        num_running = len(self._running)
+        if num_running >= self._max_running or not self._budget.may_add(
+            num_running, len(self._waiting), self._steps_alone, self._longest_remaining()
+        ):
+            return
+        room = self._budget.room([_load(seq) for seq in self._running.values()])
+        admitted: list[Sequence] = []
+        for seq in self._fitting(room):
+            admitted.append(seq)
+            budget -= _add_chunk(seq, budget, rows)
+            if not budget or num_running + len(admitted) >= self._max_running:
+                break
+        for seq in admitted:
+            del self._waiting[seq.uid]
+            self._running[seq.uid] = seq
+            self._steps_alone = 0
+
+    def _fitting(self, room: Room) -> Iterator[Sequence]:
+        """Waiting sequences for which there is room; each has its memory when it is yielded."""
+        counts = self._counts
+        cutoff, num_skipped = float("inf"), 0
+        for seq in self._waiting.values():
+            if seq.arrival > cutoff:
                 return
-            if self._enter(seq):
-                budget -= self._chunk(seq, budget, rows)
-            else:
-                cutoff = min(cutoff, seq.request.arrival + OVERTAKING_SECONDS)
+            load = _load(seq)
+            verdict = room.fits(load)
+            if verdict.fits and self._memory.open(seq, len(seq.token_ids)):
+                room.add(load)
+                counts.num_queue_jumps += num_skipped > 0
+                counts.num_exact_fits += verdict is Verdict.FITS_EXACTLY
+                if self._memory.caching and not seq.started:
+                    counts.prefix_query_tokens += len(seq.token_ids)
+                    counts.prefix_hit_tokens += seq.num_computed
+                yield seq
+                continue
+            counts.num_weight_skips += verdict is Verdict.PREFILL_WEIGHT
+            counts.num_padding_skips += verdict is Verdict.PREFILL_PADDING
+            cutoff = min(cutoff, seq.arrival + OVERTAKING_SECONDS)
+            num_skipped += 1
+            if num_skipped >= _MOST_SKIPPED:
+                return
 
-    def _enter(self, seq: Sequence) -> bool:
-        headroom = HEADROOM_TOKENS * len(self.running)
-        if len(seq.token_ids) + headroom > self._memory.free + self._memory.cached:
-            return False
-        if not self._memory.open(seq):
-            return False
-        if not self._memory.reserve(seq, len(seq.token_ids)):
-            self._memory.close(seq)
-            return False
-        self.waiting.remove(seq)
-        self.running.append(seq)
-        return True
+
+def _load(seq: Sequence) -> Load:
+    length = len(seq.token_ids)
+    return Load(length, seq.max_length - length)
 
 
-def _row(seq: Sequence, num_tokens: int) -> Row:
-    start = seq.num_computed
-    end = start + num_tokens
+def _add_chunk(seq: Sequence, budget: int, rows: list[Row]) -> int:
+    """Add a row of at most `budget` uncomputed tokens; returns how many."""
+    start, length = seq.num_computed, len(seq.token_ids)
+    end = min(length, start + budget)
+    want = Want.LAST if end == length else Want.NOTHING
     if seq.wants_input_details:
         want = Want.ALL
-    elif end == len(seq.token_ids):
-        want = Want.LAST
-    else:
-        want = Want.NOTHING
-    return Row(seq.uid, seq.slot, seq.token_ids[start:end], start, want)
+    rows.append(Row(seq.uid, seq.slot, seq.token_ids[start:end], start, want, seq.block_table))
+    return end - start

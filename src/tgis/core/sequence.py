@@ -20,15 +20,34 @@ class Sequence:
     client: int  # the connection that asked
     token_ids: list[int]  # prompt, then generated
     num_prompt: int
+    min_length: int  # of `token_ids`, before which no token ends it
+    max_length: int  # of `token_ids`
+    deadline: float
+    arrival: float
+    salt: bytes = b""  # only sequences of equal salt may share cached prefixes
     num_computed: int = 0
     slot: int = -1  # -1 = holds no memory
+    room: int = 0  # tokens that the memory it holds has room for
+    block_table: list[int] = field(default_factory=list)  # `blocks` layout only
+    prefix_names: list[bytes] = field(default_factory=list)  # filled in by kv.prefix
     started: bool = False  # has left the queue once
     input_details: list[TokenDetails] = field(default_factory=list)
 
     @classmethod
     def of(cls, uid: int, request: Add, client: int) -> "Sequence":
         """A waiting sequence."""
-        return cls(uid, request, client, list(request.token_ids), len(request.token_ids))
+        num_prompt = len(request.token_ids)
+        return cls(
+            uid,
+            request,
+            client,
+            list(request.token_ids),
+            num_prompt,
+            num_prompt + request.sampling.min_new_tokens,
+            num_prompt + request.max_new_tokens,
+            request.deadline,
+            request.arrival,
+        )
 
     @property
     def num_generated(self) -> int:
@@ -43,7 +62,7 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         """Tokens that it may still generate."""
-        return self.request.max_new_tokens - self.num_generated
+        return self.max_length - len(self.token_ids)
 
     @property
     def wants_input_details(self) -> bool:

@@ -29,6 +29,7 @@ class EngineCaps:
     max_positions: int | None  # None = no limit of its own
     kv_bytes_per_token: int  # keys and values of one token over all layers
     dtype: str  # of the weights' arithmetic, a torch name such as "bfloat16"
+    kv_granule: int = 1  # tokens of a row that the operating system commits at a time (`rows`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,10 @@ class Engine(Protocol):
             the tokens within a row that wants all).
 
         Raises:
-            MemoryError: no memory for this step; the cache is unchanged for rows not in the plan.
+            MemoryError: no memory for this step.
+
+        After an error the cache holds what it held, but for what the plan's rows were to write; the
+        same rows may be tried again, in smaller plans.
         """
 
     def release(self, slots: Sequence[int]) -> None:

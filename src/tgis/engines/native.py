@@ -16,7 +16,7 @@ from tgis.models import kernels
 from tgis.models.decoder import Decoder
 from tgis.models.families import read_spec
 from tgis.models.inputs import NewTokens
-from tgis.models.kv_cache import RowsCache
+from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.model_config import ModelConfig
 from tgis.models.parallel import Shard
 from tgis.models.rotary import rotary_table
@@ -74,6 +74,7 @@ class NativeEngine:
             max_positions=spec.max_positions,
             kv_bytes_per_token=_kv_bytes_per_token(spec, decoder.dtype),
             dtype=str(decoder.dtype).removeprefix("torch."),
+            kv_granule=page_tokens(spec.head_dim, decoder.dtype),
         )
 
     def allocate(self, shape: CacheShape) -> None:

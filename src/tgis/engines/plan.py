@@ -21,6 +21,7 @@ class Row:
     token_ids: list[int]
     start: int  # tokens of the sequence whose keys and values are already there
     want: Want
+    block_table: list[int] = field(default_factory=list)  # its blocks (`blocks` layout)
 
 
 @dataclass(frozen=True, slots=True)

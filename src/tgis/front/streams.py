@@ -18,7 +18,7 @@ from tgis.text.detokenize import Detokenizer
 from tgis.text.stops import StopMatcher
 from tgis.text.streams import TextStream
 from tgis.types import DetailParams, FinishReason, SamplingParams, TokenDetails, TokenOut
-from tgis.wire import Add, Failed, FailureKind, Out
+from tgis.wire import Add, Failed, FailureKind, Out, SchedulerCounts, StepStats
 
 _FAILURES: dict[FailureKind, type[RequestError]] = {
     FailureKind.GENERATION: GenerationFailed,
@@ -280,17 +280,45 @@ class Streams:
         metrics.set("tgi_queue_size", gauges.num_waiting)
         if gauges.kv_tokens_total:
             metrics.set("tgi_kv_cache_usage", gauges.kv_tokens_used / gauges.kv_tokens_total)
-        if out.step is None:
-            return
-        if out.step.num_preempted:
-            metrics.count("tgi_preemption_count", out.step.num_preempted)
-        method = "prefill" if out.step.num_prefill_seqs else "next_token"
-        size = out.step.num_prefill_seqs or out.step.num_decode_seqs
-        metrics.count("tgi_batch_inference_count", method=method)
-        metrics.count("tgi_batch_inference_success", method=method)
+        if out.step is not None:
+            self._note_engine(out.step)
+            self._note_counts(out.step.counts)
+
+    def _note_engine(self, step: StepStats) -> None:
+        """A step with prompts is a prefill, though others may have advanced in it too."""
+        metrics = self._metrics
+        method = "prefill" if step.num_prefill_seqs else "next_token"
+        failures = {"error": step.num_errors, "oom": step.num_out_of_memory}
+        succeeded = step.num_calls - sum(failures.values())
+        metrics.count("tgi_batch_inference_count", step.num_calls, method=method)
+        for reason, number in failures.items():
+            if number:
+                metrics.count("tgi_batch_inference_failure", number, method=method, reason=reason)
+        size = step.num_prefill_seqs or step.num_decode_seqs
         metrics.observe("tgi_batch_inference_batch_size", size, method=method)
-        labels = {"method": method, "makeup": "single_only"}
-        metrics.observe("tgi_batch_inference_duration", out.step.duration, **labels)
-        metrics.observe("tgi_batch_inference_forward_duration", out.step.forward_duration, **labels)
-        if out.step.num_prefill_tokens:
-            metrics.observe("tgi_batch_next_tokens", out.step.num_prefill_tokens)
+        if step.num_prefill_tokens:
+            metrics.observe("tgi_batch_next_tokens", step.num_prefill_tokens)
+        if step.num_joined:
+            metrics.count("tgi_batch_concatenation_count")
+        if not succeeded:
+            return
+        metrics.count("tgi_batch_inference_success", succeeded, method=method)
+        for name, seconds in (
+            ("tgi_batch_inference_duration", step.duration),
+            ("tgi_batch_inference_forward_duration", step.forward_duration),
+            ("tgi_batch_inference_tokproc_duration", step.tokens_duration),
+        ):
+            metrics.observe(name, seconds, method=method, makeup="single_only")
+
+    def _note_counts(self, counts: SchedulerCounts) -> None:
+        for name, number in (
+            ("tgi_preemption_count", counts.num_preempted),
+            ("tgi_queue_jump", counts.num_queue_jumps),
+            ("tgi_granular_batch_addition", counts.num_exact_fits),
+            ("tgi_prefill_weight_limit_exceeded", counts.num_weight_skips),
+            ("tgi_prefill_padding_limit_exceeded", counts.num_padding_skips),
+            ("tgi_prefix_cache_query_tokens", counts.prefix_query_tokens),
+            ("tgi_prefix_cache_hit_tokens", counts.prefix_hit_tokens),
+        ):
+            if number:
+                self._metrics.count(name, number)

@@ -6,6 +6,7 @@ layer, which the operating system commits page by page as it is written; slots m
 long and as many as address space allows, and a released slot gives its pages back.
 """
 
+import math
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ class RowsCache:
         dtype: torch.dtype,
     ) -> None:
         token_bytes = head_dim * dtype.itemsize
-        while slot_tokens * token_bytes % mmap.PAGESIZE:
-            slot_tokens += 1
+        granule = page_tokens(head_dim, dtype)
+        slot_tokens = -(-slot_tokens // granule) * granule
         self._slot_bytes = num_kv_heads * slot_tokens * token_bytes
         self._num_slots = num_slots
         shape = (2, num_slots, num_kv_heads, slot_tokens, head_dim)
@@ -69,6 +70,11 @@ class RowsCache:
             for layer in self.layers:
                 for start in (slot * self._slot_bytes, values + slot * self._slot_bytes):
                     layer.memory.madvise(mmap.MADV_DONTNEED, start, self._slot_bytes)
+
+
+def page_tokens(head_dim: int, dtype: torch.dtype) -> int:
+    """Tokens of one head that fill whole pages."""
+    return math.lcm(head_dim * dtype.itemsize, mmap.PAGESIZE) // (head_dim * dtype.itemsize)
 
 
 def _layer(shape: tuple[int, ...], dtype: torch.dtype) -> LayerCache:

@@ -1,0 +1,113 @@
+"""Which memory and which budget an engine gets, and how large they are."""
+
+from typing import NamedTuple
+
+from tgis.config import Config
+from tgis.core.budget import Budget, PaddedBudget, PaddedModel, PagedBudget
+from tgis.core.kv.base import KvMemory
+from tgis.core.kv.blocks import BlocksMemory
+from tgis.core.kv.rows import RowsMemory
+from tgis.core.memory import kv_capacity, step_memory
+from tgis.engines.base import CacheShape, Engine
+
+DEFAULT_MAX_RUNNING = 128
+DEFAULT_MAX_RUNNING_PADDED = 12  # as TGIS
+DEFAULT_STEP_TOKENS = 512
+# Rows per running sequence: one more of each for the cache. They cost address space only.
+ROWS_PER_SEQUENCE = 2
+# Steps that admission looks ahead; see docs/batching.md for the comparison of policies.
+HORIZON_STEPS = 256
+
+
+class Pool(NamedTuple):
+    """What the scheduler works with."""
+
+    memory: KvMemory
+    budget: Budget
+    max_running: int
+    max_step_tokens: int
+
+
+def make_pool(engine: Engine, config: Config, max_sequence_length: int) -> Pool:
+    """Allocate the engine's cache and account for it.
+
+    Raises:
+        ConfigError: a sequence of full length does not fit.
+    """
+    layouts = {"rows": _rows, "blocks": _blocks, "padded": _padded}
+    pool = layouts[engine.caps.kv_layout](engine, config, max_sequence_length)
+    pool.budget.check_length(max_sequence_length)
+    return pool
+
+
+def _rows(engine: Engine, config: Config, length: int) -> Pool:
+    max_running = config.max_batch_size or DEFAULT_MAX_RUNNING
+    max_step_tokens = _step_tokens(engine, config, max_running, length)
+    num_rows = max_running * ROWS_PER_SEQUENCE
+    engine.allocate(CacheShape(num_rows, length))
+    granule = engine.caps.kv_granule
+    total = kv_capacity(
+        config.kv_cache_memory,
+        engine.caps.kv_bytes_per_token,
+        length,
+        num_rows * (length + granule),
+        granule=granule,
+        step_bytes=step_memory(engine, max_step_tokens, length),
+    )
+    memory = RowsMemory(num_rows, total, granule=granule, caching=config.prefix_caching)
+    return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)
+
+
+def _blocks(engine: Engine, config: Config, length: int) -> Pool:
+    max_running = config.max_batch_size or DEFAULT_MAX_RUNNING
+    block_tokens = engine.caps.kv_granule
+    total = kv_capacity(
+        config.kv_cache_memory,
+        engine.caps.kv_bytes_per_token,
+        length,
+        max_running * ROWS_PER_SEQUENCE * (length + block_tokens),
+        granule=block_tokens,
+    )
+    num_blocks = total // block_tokens
+    engine.allocate(CacheShape(num_blocks, block_tokens))
+    memory = BlocksMemory(max_running, num_blocks, block_tokens, caching=config.prefix_caching)
+    max_step_tokens = _step_tokens(engine, config, max_running, length)
+    return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)
+
+
+def _padded(engine: Engine, config: Config, length: int) -> Pool:
+    """The engine keeps its own cache, and the budget alone governs it."""
+    max_running = config.max_batch_size or DEFAULT_MAX_RUNNING_PADDED
+    engine.allocate(CacheShape(max_running, length))
+    memory = RowsMemory(max_running, max_running * length, caching=False)
+    budget = PaddedBudget(
+        _padded_model(engine, config, max_running, length),
+        max_prefill_padding=config.max_prefill_padding,
+        max_waiting_tokens=config.max_waiting_tokens,
+    )
+    return Pool(memory, budget, max_running, _step_tokens(engine, config, max_running, length))
+
+
+def _padded_model(engine: Engine, config: Config, max_running: int, length: int) -> PaddedModel:
+    """ESTIMATE_MEMORY: off, manual, or auto, which measures what is available."""
+    if config.estimate_memory == "off":
+        return PaddedModel()
+    if config.estimate_memory == "manual":
+        return PaddedModel.manual(length, max_running, config.batch_safety_margin)
+    tokens = kv_capacity(
+        config.kv_cache_memory, engine.caps.kv_bytes_per_token, length, max_running * length
+    )
+    return PaddedModel.tokens(
+        max(tokens * (100 - config.batch_safety_margin) // 100, length), length
+    )
+
+
+def _paged_budget(memory: KvMemory) -> PagedBudget:
+    return PagedBudget(memory.total, horizon=HORIZON_STEPS)
+
+
+def _step_tokens(engine: Engine, config: Config, max_running: int, length: int) -> int:
+    """So many that no prompt is ever cut, where the engine cannot compute it in chunks."""
+    if not engine.caps.chunked_prefill:
+        return max_running * (length + 1)
+    return config.max_step_tokens or max(DEFAULT_STEP_TOKENS, 2 * max_running)
