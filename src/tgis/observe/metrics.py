@@ -1,165 +1,176 @@
-"""Every metric, declared in one table, and how they are exposed.
+"""Counting, and the text that Prometheus reads.
 
-Names, labels and buckets are those that TGIS documents. Each counter is exposed twice, as `name` and
-as `name_total`, because dashboards read either.
+`tgis.observe.table` says which metrics there are. Each counter is exposed twice, as `name` and as
+`name_total`, because dashboards read either.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
+from tgis.observe.table import COMPAT, TABLE, Alias, Limits, Spec, buckets
+
+__all__ = ["CONTENT_TYPE", "Limits", "Metrics", "Summary"]
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-Kind = Literal["counter", "gauge", "duration", "text_length", "sequence", "new_tokens", "batch"]
+QUANTILES = (0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
+_WINDOW = 1024  # observations that quantiles are taken from, the most recent ones
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """One row of the table; every kind but counter and gauge is a histogram's set of buckets."""
+class Summary(Collector):
+    """Sum, count, and quantiles of the most recent observations."""
 
-    name: str
-    kind: Kind
-    help: str
-    labels: tuple[str, ...] = ()
+    def __init__(self, name: str, documentation: str) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._sum = 0.0
+        self._count = 0
 
+    def observe(self, value: float) -> None:
+        """Add a value."""
+        self._recent.append(value)
+        self._sum += value
+        self._count += 1
 
-TABLE: tuple[Spec, ...] = (
-    Spec("tgi_request_count", "counter", "Requests received", ("kind",)),
-    Spec("tgi_request_input_count", "counter", "Inputs received"),
-    Spec("tgi_request_failure", "counter", "Requests failed", ("err",)),
-    Spec("tgi_request_success", "counter", "Inputs completed", ("stop_reason", "kind")),
-    Spec("tgi_request_max_new_tokens", "new_tokens", "Limit on generated tokens asked for"),
-    Spec("tgi_request_input_length", "sequence", "Input tokens after truncation"),
-    Spec("tgi_request_raw_input_length", "text_length", "Input tokens before truncation"),
-    Spec("tgi_request_validation_duration", "duration", "Seconds from arrival to a valid request"),
-    Spec("tgi_request_queue_duration", "duration", "Seconds an input waited for its batch"),
-    Spec("tgi_request_inference_duration", "duration", "Seconds from batch to last token"),
-    Spec("tgi_request_mean_time_per_token_duration", "duration", "Inference seconds per token"),
-    Spec("tgi_request_duration", "duration", "Seconds from arrival to last token"),
-    Spec("tgi_request_time_to_first_token_duration", "duration", "Seconds to the first token"),
-    Spec("tgi_request_inter_token_duration", "duration", "Seconds between tokens of an input"),
-    Spec("tgi_request_generated_tokens", "new_tokens", "Generated tokens per input"),
-    Spec("tgi_request_total_tokens", "sequence", "Input and generated tokens per input"),
-    Spec("tgi_batch_current_size", "gauge", "Sequences in the batch"),
-    Spec("tgi_batch_input_tokens", "gauge", "Tokens in the batch"),
-    Spec("tgi_batch_max_remaining_tokens", "gauge", "Tokens that the batch may still generate"),
-    Spec("tgi_queue_size", "gauge", "Inputs waiting"),
-    Spec("tgi_batch_next_tokens", "text_length", "Prompt tokens of a step"),
-    Spec("tgi_batch_inference_count", "counter", "Steps begun", ("method",)),
-    Spec("tgi_batch_inference_success", "counter", "Steps completed", ("method",)),
-    Spec("tgi_batch_inference_failure", "counter", "Steps failed", ("method", "reason")),
-    Spec("tgi_batch_inference_batch_size", "batch", "Sequences per step", ("method",)),
-    Spec(
-        "tgi_batch_inference_duration", "duration", "Seconds per step", ("method", "makeup")
-    ),
-    Spec(
-        "tgi_batch_inference_forward_duration",
-        "duration",
-        "Seconds of a step in the engine",
-        ("method", "makeup"),
-    ),
-    Spec("tgi_tokenize_request_count", "counter", "Tokenize calls"),
-    Spec("tgi_tokenize_request_input_count", "counter", "Texts of Tokenize calls"),
-    Spec("tgi_tokenize_request_tokens", "text_length", "Tokens per Tokenize call"),
-    Spec("tgi_tokenize_request_duration", "duration", "Seconds per Tokenize call"),
-    Spec("tgi_kv_cache_usage", "gauge", "Share of key/value memory in use, 0 to 1"),
-    Spec("tgi_preemption_count", "counter", "Sequences that gave their memory up to be recomputed"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The server's limits that histogram buckets are made of."""
-
-    max_sequence_length: int
-    max_new_tokens: int
-    max_batch_size: int
-
-
-def buckets(kind: Kind, limits: Limits) -> Sequence[float]:
-    """Upper bounds of a histogram kind, without +Inf."""
-    match kind:
-        case "duration":
-            return [0.0001 * 1.5**k for k in range(1, 36)]
-        case "text_length":
-            return [2.0**k for k in range(6, 20)]
-        case "sequence":
-            return [limits.max_sequence_length / 64 * i for i in range(1, 65)]
-        case "new_tokens":
-            return [limits.max_new_tokens / 64 * i for i in range(1, 65)]
-        case "batch":
-            step = -(-limits.max_batch_size // 64)
-            return [float(size) for size in range(step, limits.max_batch_size + step, step)]
-        case _:
-            raise ValueError(f"{kind} has no buckets")
+    def collect(self) -> Iterator[Metric]:
+        """The samples; quantiles are those of the nearest rank."""
+        family = Metric(self._name, self._documentation, "summary")
+        values = sorted(self._recent)
+        for quantile in QUANTILES:
+            rank = max(math.ceil(quantile * len(values)), 1)
+            value = values[rank - 1] if values else 0.0
+            family.add_sample(self._name, {"quantile": _number(quantile)}, value)
+        family.add_sample(f"{self._name}_sum", {}, self._sum)
+        family.add_sample(f"{self._name}_count", {}, self._count)
+        yield family
 
 
 class Metrics:
-    """All metrics of one server, by name."""
+    """All metrics of one server.
 
-    def __init__(self, limits: Limits) -> None:
+    Labels are given in the order of the table; a value that the table does not list is a KeyError.
+
+    Args:
+        limits: what buckets are made of.
+        compat: for the names of `COMPAT` too, the model's name; None leaves them out.
+    """
+
+    def __init__(self, limits: Limits, compat: str | None = None) -> None:
         self._registry = CollectorRegistry()
-        self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        self._compat = compat
+        self._counters: dict[tuple[str, ...], Counter] = {}
+        self._gauges: dict[tuple[str, ...], Gauge] = {}
+        self._observers: dict[tuple[str, ...], Histogram | Summary] = {}
         for spec in TABLE:
-            self._metrics[spec.name] = self._make(spec, limits)
+            self._declare(spec, limits)
 
-    def _make(self, spec: Spec, limits: Limits) -> Counter | Gauge | Histogram:
+    def _declare(self, spec: Spec, limits: Limits) -> None:
+        """Make a metric with all its series."""
+        labels = tuple(spec.labels)
         if spec.kind == "counter":
-            return Counter(spec.name, spec.help, spec.labels, registry=self._registry)
-        if spec.kind == "gauge":
-            return Gauge(spec.name, spec.help, spec.labels, registry=self._registry)
-        return Histogram(
-            spec.name,
-            spec.help,
-            spec.labels,
-            buckets=buckets(spec.kind, limits),
-            registry=self._registry,
-        )
+            counter = Counter(spec.name, spec.help, labels, registry=self._registry)
+            for values in _series(spec):
+                child = counter.labels(*values) if values else counter
+                self._counters[spec.name, *values] = child
+        elif spec.kind == "gauge":
+            gauge = Gauge(spec.name, spec.help, labels, registry=self._registry)
+            for values in _series(spec):
+                self._gauges[spec.name, *values] = gauge.labels(*values) if values else gauge
+        elif spec.kind == "summary":
+            self._observers[(spec.name,)] = summary = Summary(spec.name, spec.help)
+            self._registry.register(summary)
+        else:
+            bounds = buckets(spec.kind, limits)
+            histogram = Histogram(
+                spec.name, spec.help, labels, buckets=bounds, registry=self._registry
+            )
+            for values in _series(spec):
+                observer = histogram.labels(*values) if values else histogram
+                self._observers[spec.name, *values] = observer
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Raise a counter."""
-        metric = self._metrics[name]
-        assert isinstance(metric, Counter)
-        (metric.labels(**labels) if labels else metric).inc(amount)
+        self._counters[name, *labels.values()].inc(amount)
 
-    def set(self, name: str, value: float) -> None:
+    def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
-        metric = self._metrics[name]
-        assert isinstance(metric, Gauge)
-        metric.set(value)
+        self._gauges[name, *labels.values()].set(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add a value to a histogram."""
-        metric = self._metrics[name]
-        assert isinstance(metric, Histogram)
-        (metric.labels(**labels) if labels else metric).observe(value)
+        """Add a value to a histogram or summary."""
+        self._observers[name, *labels.values()].observe(value)
 
     def render(self) -> bytes:
         """The exposition text."""
         lines: list[str] = []
-        for family in self._registry.collect():
+        families = list(self._registry.collect())
+        for family in families:
             samples = [s for s in family.samples if not s.name.endswith("_created")]
             if family.type == "counter":
-                lines += _family(family, family.name, [s._replace(name=family.name) for s in samples])
-                lines += _family(family, family.name + "_total", samples)
+                plain = [sample._replace(name=family.name) for sample in samples]
+                lines += _family(family.name, family.type, family.documentation, plain)
+                lines += _family(family.name + "_total", family.type, family.documentation, samples)
             else:
-                lines += _family(family, family.name, samples)
+                lines += _family(family.name, family.type, family.documentation, samples)
+        if self._compat is not None:
+            lines += _aliases(families, {"model_name": self._compat})
         return ("\n".join(lines) + "\n").encode()
 
 
-def _family(family: Metric, name: str, samples: Sequence[Sample]) -> Iterator[str]:
-    yield f"# HELP {name} {family.documentation}"
-    yield f"# TYPE {name} {family.type}"
+def _series(spec: Spec) -> Iterator[tuple[str, ...]]:
+    """Each combination of label values; one empty tuple if there are no labels."""
+    return itertools.product(*spec.labels.values())
+
+
+def _aliases(families: Iterable[Metric], labels: Mapping[str, str]) -> Iterator[str]:
+    samples: dict[str, list[Sample]] = {}
+    for family in families:
+        for sample in family.samples:
+            samples.setdefault(sample.name, []).append(sample)
+    for name, aliases in itertools.groupby(COMPAT, lambda alias: alias.name):
+        rows = list(aliases)
+        shown = [sample for alias in rows for sample in _alias(alias, samples, labels)]
+        help_text = f"The same as {' plus '.join(rows[0].sources)}"
+        yield from _family(name, rows[0].kind, help_text, shown)
+
+
+def _alias(
+    alias: Alias, samples: Mapping[str, Sequence[Sample]], labels: Mapping[str, str]
+) -> Iterator[Sample]:
+    if alias.kind == "histogram":
+        for suffix in ("_bucket", "_sum", "_count"):
+            for sample in samples[alias.sources[0] + suffix]:
+                yield Sample(alias.name + suffix, {**labels, **sample.labels}, sample.value)
+        return
+    value = sum(
+        sample.value
+        for source in alias.sources
+        for sample in samples[source]
+        if all(sample.labels[label] in values for label, values in alias.where.items())
+    )
+    yield Sample(alias.name, {**labels, **alias.labels}, value)
+
+
+def _family(name: str, kind: str, help_text: str, samples: Sequence[Sample]) -> Iterator[str]:
+    yield f"# HELP {name} {help_text}"
+    yield f"# TYPE {name} {kind}"
     for sample in samples:
         labels = ",".join(f'{key}="{_escape(value)}"' for key, value in sample.labels.items())
-        yield f"{sample.name}{{{labels}}} {floatToGoString(sample.value)}" if labels else (
-            f"{sample.name} {floatToGoString(sample.value)}"
-        )
+        value = floatToGoString(sample.value)  # type: ignore[no-untyped-call]
+        yield f"{sample.name}{{{labels}}} {value}" if labels else f"{sample.name} {value}"
+
+
+def _number(value: float) -> str:
+    return f"{value:g}"
 
 
 def _escape(value: str) -> str:
