@@ -7,7 +7,7 @@ import pytest
 from tgis.errors import ModelError
 from tgis.models.families import FAMILIES, read_spec
 from tgis.models.model_config import ModelConfig
-from tgis.models.spec import DecoderSpec
+from tgis.models.spec import Alibi, DecoderSpec, Rotary
 
 LLAMA = {
     "model_type": "llama",
@@ -49,12 +49,51 @@ def test_windows() -> None:
     assert spec.windows == (6, None, 6, None)
 
 
+REFINED_WEB = {
+    "model_type": "RefinedWeb",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "n_layer": 2,
+    "n_head": 8,
+    "n_head_kv": 4,
+    "layer_norm_epsilon": 1e-6,
+}
+
+
+def test_falcon_by_its_older_names() -> None:
+    spec, names = read_spec(ModelConfig(REFINED_WEB))
+    assert (spec.topology, spec.num_heads, spec.num_kv_heads) == ("parallel", 8, 4)
+    assert names.mlp_norm == "ln_mlp"
+    assert spec.norm.eps == 1e-6
+    old = {**REFINED_WEB, "model_type": "RefinedWebModel", "multi_query": True}
+    spec, names = read_spec(ModelConfig(old))
+    assert (spec.topology, spec.num_heads, spec.num_kv_heads) == ("shared", 8, 1)
+    assert names.mlp_norm is None
+    spec, names = read_spec(ModelConfig({**old, "alibi": True, "parallel_attn": False}))
+    assert spec.topology == "sequential"
+    assert spec.positions == Alibi(scaled=True)
+
+
+def test_gpt_neox_by_its_older_keys() -> None:
+    spec = read(model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=500, hidden_act="gelu")
+    assert isinstance(spec.positions, Rotary)
+    assert (spec.positions.dim, spec.positions.theta) == (8, 500.0)
+
+
+def test_gemma_means_the_approximation_by_tanh() -> None:
+    assert read(model_type="gemma", hidden_act="gelu").activation == "gelu_tanh"
+
+
+def test_gelu_is_exact_elsewhere() -> None:
+    assert read(hidden_act="gelu").activation == "gelu"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not known to the native engine (only "),
         ({"model_type": None}, "config.json: model_type is missing"),
-        ({"hidden_size": None}, "config.json: hidden_size is missing"),
+        ({"hidden_size": None}, "config.json: hidden_size / n_embd / n_embed / d_model is missing"),
         ({"hidden_size": 0}, "config.json: hidden_size = 0 is not a positive integer"),
         ({"vocab_size": "100"}, "config.json: vocab_size = '100' is not a positive integer"),
         ({"num_hidden_layers": True}, "num_hidden_layers = True is not a positive integer"),
@@ -65,6 +104,33 @@ def test_windows() -> None:
             {"num_key_value_heads": 3},
             "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3",
         ),
+        ({"num_attention_heads": 5}, "hidden_size = 64 is not a multiple of num_attention_heads"),
+        (
+            {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
+            "apply_residual_connection_post_layernorm = True is not supported (only False)",
+        ),
+        (
+            {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx = True is not supported (only False)",
+        ),
+        ({"model_type": "gpt2"}, "max_position_embeddings / n_positions is missing"),
+        (
+            {"model_type": "mpt", "attn_config": {"alibi": False}},
+            "config.json: attn_config: alibi = False is not supported (only True)",
+        ),
+        (
+            {"model_type": "mpt", "logit_scale": "inv_sqrt_d_model"},
+            "logit_scale = 'inv_sqrt_d_model' is not supported (only None)",
+        ),
+        (
+            {"model_type": "opt", "do_layer_norm_before": False},
+            "do_layer_norm_before = False is not supported (only True)",
+        ),
+        (
+            {"model_type": "opt", "word_embed_proj_dim": 32},
+            "word_embed_proj_dim = 32 is not supported (only 64)",
+        ),
+        ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act = 'silu' is not supported"),
         (
             {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4,
              "layer_types": ["full_attention"] * 3 + ["chunked_attention"]},

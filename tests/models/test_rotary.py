@@ -119,13 +119,13 @@ def test_only_dynamic_scaling_ends_hard() -> None:
     ("rope", "message"),
     [
         ({"rope_type": "ntk"}, "rope_scaling type 'ntk' is not supported (only default, linear,"),
-        ({"rope_type": 3}, "rope_parameters: rope_type / type = 3 is not a string"),
+        ({"rope_type": 3}, "rope_parameters: rope_type = 3 is not a string"),
         ({"rope_type": "linear"}, "rope_parameters: factor is missing"),
         ({"rope_type": "linear", "factor": "2"}, "rope_parameters: factor = '2' is not a number"),
         ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor is missing"),
         ({**KINDS["longrope"], "long_factor": [1.0]}, "long_factor must list 16 numbers"),
         ({"partial_rotary_factor": 0.0}, "rotary positions on 0 of 32 values of a head"),
-        ([], "rope_parameters / rope_scaling = [] is not an object"),
+        ([], "rope_parameters = [] is not an object"),
     ],
 )
 def test_what_is_refused(rope: Any, message: str) -> None:

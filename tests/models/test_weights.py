@@ -1,6 +1,7 @@
 """What a rank loads, against what a single process loads; and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.twins import CONFIGS, load_engine, make_twin, random_ids, save_checkpoint
 from torch import Tensor
 
+from tgis.engines.plan import Row, StepPlan, Want
 from tgis.errors import ModelError
 from tgis.hub.safetensors import open_checkpoint
 from tgis.models.families import read_spec
@@ -28,6 +30,15 @@ SPLITS = {
     "llama-mqa": (2, 3),
     "llama-biases": (2,),
     "qwen3": (2,),
+    "gpt_neox": (3,),
+    "bloom": (4,),
+    "falcon-7b": (2,),
+    "falcon-40b": (2,),
+    "falcon-rw": (2,),
+    "gpt_bigcode": (3,),
+    "gpt2": (2,),
+    "opt": (2,),
+    "mpt": (2,),
 }
 
 
@@ -77,11 +88,14 @@ def test_query_heads_are_divided_and_their_kv_heads_come_along(split: Split) -> 
         close(weights.qkv(1)(x), expected.flatten(1))
 
 
-def test_gate_and_up_are_divided(split: Split) -> None:
+def test_the_inner_values_are_divided(split: Split) -> None:
+    """Each rank's gates, then the values that they gate."""
     spec, whole, ranks = split
     x = random(3, spec.hidden_size)
-    parts = [weights.mlp_in(0)(x).chunk(2, -1) for weights in ranks]
-    close(torch.cat([gate for gate, _ in parts] + [up for _, up in parts], -1), whole.mlp_in(0)(x))
+    num_parts = 2 if spec.gated_mlp else 1
+    parts = [weights.mlp_in(0)(x).chunk(num_parts, -1) for weights in ranks]
+    expected = [part[n] for n in range(num_parts) for part in parts]
+    close(torch.cat(expected, -1), whole.mlp_in(0)(x))
 
 
 @pytest.mark.parametrize("name", ["attention_out", "mlp_out"])
@@ -160,10 +174,46 @@ def test_embeddings_that_are_stored_as_the_head(checkpoint: Path) -> None:
     assert torch.equal(make_twin(checkpoint).all_logits([1, 2, 3]), expected)
 
 
-def test_tensors_that_are_no_parameters(checkpoint: Path) -> None:
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    edit(checkpoint, lambda tensors: tensors.update({name: torch.ones(4)}))
-    load_engine(checkpoint)
+# family -> (what its tensors are called, what old checkpoints call them)
+OLD_NAMES = {
+    "bloom": (r"transformer\.", ""),
+    "falcon-7b": (r"transformer\.", ""),
+    "gpt2": (r"transformer\.", ""),
+    "gpt_neox": (r"(lm_head|embed_out)", "embed_out"),
+    "gpt_neox-tied": (r"(lm_head|embed_out)", "lm_head"),
+    "mpt": (r"transformer\.", ""),
+    "opt": (r"model\.decoder\.", "decoder."),
+}
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_names_of_old_checkpoints(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path, CONFIGS[name.removesuffix("-tied")])
+    expected = load_engine(tmp_path)
+    ids = StepPlan([Row(0, 0, random_ids(1, 9), 0, Want.ALL)])
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for old in list(tensors):
+            tensors[re.sub("^" + OLD_NAMES[name][0], OLD_NAMES[name][1], old)] = tensors.pop(old)
+
+    edit(tmp_path, rename)
+    assert torch.equal(load_engine(tmp_path).forward(ids), expected.forward(ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias"),
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt_bigcode", "transformer.h.0.attn.bias"),
+    ],
+)
+def test_tensors_that_are_no_parameters(tmp_path: Path, name: str, buffer: str) -> None:
+    save_checkpoint(tmp_path, CONFIGS[name])
+    edit(tmp_path, lambda tensors: tensors.update({buffer: torch.ones(4)}))
+    load_engine(tmp_path)
 
 
 NORM = "model.layers.1.input_layernorm.weight"

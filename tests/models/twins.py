@@ -77,6 +77,79 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
     ),
 }
 
+GPT = {
+    "vocab_size": 131,
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 100,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+BLOOM = {"vocab_size": 131, "hidden_size": 48, "n_layer": 3, "n_head": 8, "eos_token_id": None}
+MPT = {"vocab_size": 131, "d_model": 48, "n_layers": 3, "n_heads": 8, "max_seq_len": 96}
+OPT = {**NEOX, "ffn_dim": 60, "max_position_embeddings": 96, "word_embed_proj_dim": 48}
+FALCON = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+
+def falcon(**changes: Any) -> transformers.PretrainedConfig:
+    return transformers.FalconConfig(**{**FALCON, **changes})
+
+
+CONFIGS |= {
+    "gemma": transformers.GemmaConfig(**SMALL, head_dim=20),
+    "gpt_neox": transformers.GPTNeoXConfig(**NEOX),
+    "gpt_neox-sequential": transformers.GPTNeoXConfig(
+        **{**NEOX, "num_attention_heads": 3, "vocab_size": 77},
+        use_parallel_residual=False,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    ),
+    "bloom": transformers.BloomConfig(**BLOOM),
+    "bloom-odd-heads": transformers.BloomConfig(
+        **{**BLOOM, "n_head": 6, "vocab_size": 77}, tie_word_embeddings=False
+    ),
+    "falcon-7b": falcon(),
+    "falcon-7b-odd-heads": falcon(num_attention_heads=3, bias=True, tie_word_embeddings=False),
+    "falcon-mha": falcon(multi_query=False, ffn_hidden_size=60),
+    "falcon-40b": falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-11b": falcon(
+        new_decoder_architecture=True, num_kv_heads=3, num_ln_in_parallel_attn=1, bias=True
+    ),
+    "falcon-rw": falcon(
+        alibi=True, multi_query=False, parallel_attn=False, bias=True, num_attention_heads=8
+    ),
+    "gpt_bigcode": transformers.GPTBigCodeConfig(**GPT),
+    "gpt_bigcode-mha": transformers.GPTBigCodeConfig(
+        **{**GPT, "n_head": 3, "vocab_size": 77}, multi_query=False, scale_attn_weights=False
+    ),
+    "gpt2": transformers.GPT2Config(**GPT),
+    "gpt2-odd-heads": transformers.GPT2Config(
+        **{**GPT, "n_head": 3}, n_inner=60, tie_word_embeddings=False, activation_function="relu"
+    ),
+    "mpt": transformers.MptConfig(**MPT),
+    "mpt-odd-heads": transformers.MptConfig(
+        **{**MPT, "n_heads": 6, "vocab_size": 77},
+        attn_config={"clip_qkv": 0.5, "softmax_scale": 0.2},
+    ),
+    "opt": transformers.OPTConfig(**OPT),
+    "opt-odd-heads": transformers.OPTConfig(
+        **{**OPT, "num_attention_heads": 3, "vocab_size": 77},
+        enable_bias=False,
+        tie_word_embeddings=False,
+        activation_function="gelu",
+    ),
+}
+
 
 @dataclass
 class Twin:
@@ -114,9 +187,7 @@ def save_checkpoint(path: Path, config: transformers.PretrainedConfig) -> None:
 
 def make_twin(path: Path, dtype: torch.dtype = torch.float32) -> Twin:
     """Load a saved checkpoint both ways."""
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    )
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return Twin(path, oracle.eval(), load_engine(path, dtype))
 
 

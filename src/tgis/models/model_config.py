@@ -74,7 +74,7 @@ class ModelConfig:
         """What `table` holds for a string value."""
         value = self.string(*names, default=default)
         if value not in table:
-            raise self._wrong(names, value, f"supported (only {', '.join(sorted(table))})")
+            raise self._wrong(names, value, f"supported (only {', '.join(table)})")
         return table[value]
 
     def section(self, *names: str) -> "ModelConfig":
@@ -94,4 +94,5 @@ class ModelConfig:
             raise self._wrong((name,), value, f"supported (only {expected!r})")
 
     def _wrong(self, names: tuple[str, ...], value: object, wanted: str) -> ModelError:
-        return ModelError(f"{self._where}: {' / '.join(names)} = {value!r} is not {wanted}")
+        name = next((name for name in names if self.has(name)), names[0])
+        return ModelError(f"{self._where}: {name} = {value!r} is not {wanted}")

@@ -46,14 +46,14 @@ def read_rotary(config: ModelConfig, head_dim: int, fraction: float = 1.0) -> Ro
         trained = config.size("original_max_position_embeddings", default=inside)
     extended = config.size("max_position_embeddings", default=trained)
     parameters |= {"extension": extended / trained, "truncate": rope.flag("truncate", default=True)}
-    fraction = config.number("partial_rotary_factor", default=fraction)
+    fraction = config.number("partial_rotary_factor", "rotary_pct", default=fraction)
     dim = int(head_dim * rope.number("partial_rotary_factor", default=fraction))
     dim += dim % 2
     if not 2 <= dim <= head_dim:
         raise ModelError(f"config.json: rotary positions on {dim} of {head_dim} values of a head")
-    theta = rope.number("rope_theta", default=config.number("rope_theta", default=10_000.0))
+    theta = config.number("rope_theta", "rotary_emb_base", default=10_000.0)
     lists = {key: _factors(rope, key, dim // 2) for key in kind.lists}
-    return Rotary(dim, theta, name, parameters, lists, trained)
+    return Rotary(dim, rope.number("rope_theta", default=theta), name, parameters, lists, trained)
 
 
 def rotary_table(rotary: Rotary, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:

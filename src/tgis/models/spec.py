@@ -53,6 +53,7 @@ class Alibi:
     """Scores minus slope times distance (arXiv:2108.12409)."""
 
     max_bias: float = 8.0
+    scaled: bool = False  # the distance, too, is multiplied by the attention scale (Falcon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class DecoderSpec:
     qkv_bias: bool = False
     attention_out_bias: bool = False
     qk_norm: bool = False  # RMS norm of each query and key head
+    qkv_clip: float | None = None  # queries, keys and values are clamped to -clip .. clip
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     windows: tuple[int | None, ...] = ()  # per layer: keys that a query sees; () = all, everywhere
 

@@ -47,7 +47,8 @@ class Weights:
         self._names = names
         self._shard = shard
         self._dtype = dtype
-        self._prefix = self._find_prefix()
+        self._prefix = self._first_stored(names.prefixes, after=names.embedding)
+        self._head = self._first_stored(names.heads)
 
     def embedding(self) -> Tensor:
         """Token embeddings [vocab rows of this rank, hidden]."""
@@ -65,7 +66,7 @@ class Weights:
 
     def head(self, embedding: Tensor) -> Linear:
         """hidden -> logits of this rank's vocabulary rows; the embeddings' weight where tied."""
-        name, spec = self._names.head, self._spec
+        name, spec = self._head, self._spec
         if spec.tied_head and f"{name}.weight" not in self._checkpoint:
             return make_linear(embedding)
         shape = (spec.vocab_size, spec.hidden_size)
@@ -146,13 +147,14 @@ class Weights:
                 f" network of this config.json: {shown}"
             )
 
-    def _find_prefix(self) -> str:
-        names = self._names
-        found = (p for p in names.prefixes if f"{p}{names.embedding}.weight" in self._checkpoint)
-        return next(found, names.prefixes[0])
+    def _first_stored(self, names: tuple[str, ...], after: str = "") -> str:
+        """The first of `names` that belongs to a stored weight, else the first."""
+        stored = (name for name in names if f"{name}{after}.weight" in self._checkpoint)
+        return next(stored, names[0])
 
     def _embedding_name(self) -> str:
-        name, head = f"{self._prefix}{self._names.embedding}.weight", f"{self._names.head}.weight"
+        """The embeddings', or the head's where both are one and only that is stored."""
+        name, head = f"{self._prefix}{self._names.embedding}.weight", f"{self._head}.weight"
         swap = self._spec.tied_head and name not in self._checkpoint and head in self._checkpoint
         return head if swap else name
 

@@ -41,16 +41,21 @@ class RowsAttention:
         self._num_heads = last - first
         self._num_kv_heads = kv_last - kv_first
         self._scale = spec.scale
+        self._clip = spec.qkv_clip
         self._window = spec.window(layer) or 0
         self._norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": spec.norm.eps}
         self._slopes = None
         if isinstance(spec.positions, Alibi):
             slopes = alibi_slopes(spec.num_heads, spec.positions.max_bias)
+            if spec.positions.scaled:
+                slopes *= spec.scale
             self._slopes = slopes[first:last].contiguous()
         self._ops = operators(dtype)
 
     def __call__(self, qkv: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
         """[T, (heads + 2 * kv_heads) * head_dim] -> [T, heads * head_dim]."""
+        if self._clip is not None:
+            qkv = qkv.clamp_(-self._clip, self._clip)
         q = self._ops.rope_store(
             qkv,
             inputs.cos,

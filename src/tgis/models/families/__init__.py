@@ -1,13 +1,18 @@
 """The decoder-only families of the native engine, by `model_type`."""
 
 from tgis.errors import ModelError
-from tgis.models.families import llama
+from tgis.models.families import bloom, falcon, gpt2, gpt_neox, llama, mpt, opt
 from tgis.models.families.base import Family, TensorNames
 from tgis.models.model_config import ModelConfig
 from tgis.models.spec import DecoderSpec
 
+TABLES = (llama, gpt_neox, bloom, falcon, gpt2, mpt, opt)
+
 FAMILIES: dict[str, Family] = {
-    model_type: family for family in (*llama.FAMILIES,) for model_type in family.model_types
+    model_type: family
+    for table in TABLES
+    for family in table.FAMILIES
+    for model_type in family.model_types
 }
 
 

@@ -45,13 +45,13 @@ class TensorNames:
     mlp_in: tuple[str, ...]  # (gate, up) or (up,)
     mlp_out: str
     final_norm: str
-    head: str = "lm_head"
+    heads: tuple[str, ...] = ("lm_head",)  # the first that is stored; no prefix precedes it
     mlp_norm: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
     positions: str | None = None
     embedding_norm: str | None = None
-    prefixes: tuple[str, ...] = ("",)  # one of these precedes every name but the head's
+    prefixes: tuple[str, ...] = ("",)  # the first that fits the embedding precedes every name
     transposed: bool = False  # block matrices are stored [in, out]
     ignored: tuple[str, ...] = ()  # patterns of tensors that are not parameters
 

@@ -1,12 +1,19 @@
-"""LLaMA and those built like it: Mistral, Qwen2, Qwen3, Granite."""
+"""LLaMA and those built like it: Mistral, Qwen2, Qwen3, Granite, Gemma."""
 
 from dataclasses import replace
 
 from tgis.models.families.base import Family, SeparateQkv, TensorNames
-from tgis.models.families.common import ACTIVATIONS, heads, sliding_windows
+from tgis.models.families.common import (
+    ACTIVATIONS,
+    ROTARY_BUFFERS,
+    heads,
+    hidden_size,
+    num_layers,
+    sliding_windows,
+)
 from tgis.models.model_config import ModelConfig
 from tgis.models.rotary import max_positions, read_rotary
-from tgis.models.spec import DecoderSpec, Norm
+from tgis.models.spec import Activation, DecoderSpec, Norm
 
 NAMES = TensorNames(
     embedding="model.embed_tokens",
@@ -18,7 +25,7 @@ NAMES = TensorNames(
     mlp_in=("mlp.gate_proj", "mlp.up_proj"),
     mlp_out="mlp.down_proj",
     final_norm="model.norm",
-    ignored=(r".*\.rotary_emb\.inv_freq",),
+    ignored=ROTARY_BUFFERS,
 )
 
 NAMES_WITH_QK_NORM = replace(NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
@@ -32,8 +39,8 @@ def read_llama(config: ModelConfig) -> DecoderSpec:
     return DecoderSpec(
         family="llama",
         vocab_size=config.size("vocab_size"),
-        hidden_size=config.size("hidden_size"),
-        num_layers=config.size("num_hidden_layers"),
+        hidden_size=hidden_size(config),
+        num_layers=num_layers(config),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -81,10 +88,29 @@ def read_granite(config: ModelConfig) -> DecoderSpec:
     )
 
 
+# Gemma's first configurations say "gelu" and mean the approximation by tanh.
+GEMMA_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def read_gemma(config: ModelConfig) -> DecoderSpec:
+    """Gemma: norms store their weight minus 1, embeddings are multiplied by sqrt(hidden_size)."""
+    config.require("use_bidirectional_attention", None)
+    spec = read_llama(config)
+    return replace(
+        spec,
+        family="gemma",
+        norm=replace(spec.norm, weight_offset=1.0),
+        activation=config.choice(GEMMA_ACTIVATIONS, "hidden_activation", "hidden_act"),
+        embedding_multiplier=spec.hidden_size**0.5,
+        tied_head=config.flag("tie_word_embeddings", default=True),
+    )
+
+
 FAMILIES = (
     Family("llama", ("llama",), lambda config: (read_llama(config), NAMES)),
     Family("mistral", ("mistral",), lambda config: (read_mistral(config), NAMES)),
     Family("qwen2", ("qwen2",), lambda config: (read_qwen2(config), NAMES)),
     Family("qwen3", ("qwen3",), lambda config: (read_qwen3(config), NAMES_WITH_QK_NORM)),
     Family("granite", ("granite",), lambda config: (read_granite(config), NAMES)),
+    Family("gemma", ("gemma",), lambda config: (read_gemma(config), NAMES)),
 )
