@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.contract.oracle import Limits, Oracle
 from tests.contract.oracle.request import parse
+from tests.contract.oracle.text import Text, find_stop
 
 LOGPROB_TOLERANCE = 1e-3
 ZERO_LOGPROB = -103.0  # below about this, exp of it is zero in float32
@@ -107,3 +108,48 @@ def test_equals_tgis_encoder_decoder(shared_dir: Path) -> None:
     for row in rows:
         on_edge = row["text"] == "Hello" and "typical_p" in row["params"]
         check_row(oracle_of(shared_dir / "models" / "tiny-t5"), row, logprobs_bind=not on_edge)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_new", "stops", "found"),
+    [
+        ("a little", 7, ["little"], ("little", 2, 8)),
+        ("a little", 7, ["litt"], ("litt", 2, 6)),
+        ("a little", 2, ["litt"], None),  # completed by an older token
+        ("a little", 2, ["little", "le"], ("little", 2, 8)),  # the first in the request
+        ("tatata", 6, ["ta"], ("ta", 4, 6)),  # the last of its matches
+        ("tatata", 1, ["tata"], ("tata", 2, 6)),
+        ("little", 0, ["little"], None),  # a token without text
+        ("é", 2, ["é"], ("é", 0, 2)),  # counted in bytes
+        ("", 0, ["x"], None),
+    ],
+)
+def test_find_stop(
+    text: str, num_new: int, stops: list[str], found: tuple[str, int, int] | None
+) -> None:
+    assert find_stop(text.encode(), num_new, stops) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "causal", "word", "text"),
+    [
+        ("llama2", True, "café", " café"),
+        ("t5-small", True, "café", " café"),
+        ("bert-uncased", True, "café", " cafe"),
+        ("gpt2", True, " café", " café"),
+        ("gpt2", True, "café", "café"),
+        ("starcoder", True, " café", " café"),
+        ("t5-small", False, "café", "café"),
+    ],
+)
+def test_leading_space(shared_dir: Path, name: str, causal: bool, word: str, text: str) -> None:
+    tokenizer = Text(shared_dir / "tokenizers" / name, causal, show_special=False)
+    ids = tokenizer.tokenizer.encode(word, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_character_waits_for_its_last_byte(shared_dir: Path) -> None:
+    tokenizer = Text(shared_dir / "tokenizers" / "gpt2", True, show_special=False)
+    ids = tokenizer.encode("a😀b")
+    texts = [tokenizer.decode(ids[: i + 1]) for i in range(len(ids))]
+    assert texts == ["a", "a", "a😀", "a😀b"]

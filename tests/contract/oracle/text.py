@@ -70,9 +70,7 @@ class Text:
         if self.decoder not in EATS_LEADING_SPACE:
             return self._plain(ids)
         shield = self.tokenizer.encode("A", add_special_tokens=False).ids
-        text = self._plain(shield + ids)
-        assert text.startswith("A"), text
-        return text[1:]
+        return self._plain(shield + ids).removeprefix(self._plain(shield))
 
     def _plain(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=not self.show_special)
