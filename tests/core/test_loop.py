@@ -226,6 +226,16 @@ def test_deadline_while_waiting_ends_without_a_token(house: House) -> None:
     assert 9 not in front.tokens
 
 
+def test_the_smallest_time_limit_still_gives_a_token_on_an_idle_server(house: House) -> None:
+    front = house.connect()
+    house.turn()
+    house.now[0] = 100.0
+    front.send(add(1, [5], max_new=20, deadline=1.0))
+    house.run(front)
+    assert front.finish[1] is FinishReason.TIME_LIMIT
+    assert front.tokens[1] == continuation([5], 1)
+
+
 def fail_at(step: int, error: Exception) -> Callable[[StepPlan], None]:
     count = iter(range(1_000_000))
 

@@ -59,6 +59,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, uid)
         self._steps_alone = 0  # since a sequence was admitted last
         self._counts = SchedulerCounts()
+        self._new: set[int] = set()  # added since the last step was planned
 
     @property
     def has_work(self) -> bool:
@@ -78,6 +79,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
         self._waiting[seq.uid] = seq
+        self._new.add(seq.uid)
         self._note_deadline(seq)
 
     def remove(self, seq: Sequence, keep: bool = True) -> None:
@@ -95,15 +97,22 @@ class Scheduler:
     def expire(self, now: float) -> list[Sequence]:
         """Remove and return the sequences whose deadline has passed and that get no token soon.
 
-        Those that wait for their next token only get it, and end with it.
+        Those that wait for their next token only get it, and end with it. New ones get their chance
+        in the next step, so that an idle server gives even the smallest time limit a token.
         """
         expired = []
+        spared = []
         while self._deadlines and self._deadlines[0][0] < now:
-            _, uid = heappop(self._deadlines)
+            deadline, uid = heappop(self._deadlines)
+            if uid in self._new:
+                spared.append((deadline, uid))
+                continue
             seq = self._waiting.get(uid) or self._running.get(uid)
             if seq is not None and (seq.slot < 0 or seq.num_uncomputed > 1):
                 self.remove(seq)
                 expired.append(seq)
+        for item in spared:
+            heappush(self._deadlines, item)
         return expired
 
     def schedule(self) -> StepPlan:
@@ -122,6 +131,7 @@ class Scheduler:
         for seq in prompts:
             if budget and seq.slot >= 0:
                 budget -= _add_chunk(seq, budget, rows)
+        self._new.clear()
         self._steps_alone += 1
         if self._waiting and budget and num_preempted == self._counts.num_preempted:
             self._admit(budget, rows)
@@ -261,7 +271,7 @@ class Scheduler:
 
 def _load(seq: Sequence) -> Load:
     length = len(seq.token_ids)
-    return Load(length, seq.max_length - length)
+    return Load(max(length, seq.room), seq.max_length - length)
 
 
 def _add_chunk(seq: Sequence, budget: int, rows: list[Row]) -> int:

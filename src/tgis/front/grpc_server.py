@@ -29,7 +29,6 @@ _OPTIONS = {
     # Above the first limit gRPC drops some calls at random, above the second all.
     "grpc.max_metadata_size": _MAX_METADATA_BYTES,
     "grpc.absolute_max_metadata_size": _MAX_METADATA_BYTES,
-    "grpc.max_concurrent_streams": 100,
     # A client that has silently gone is found after 60 + 20 s, also while it has no call.
     "grpc.keepalive_time_ms": 60_000,
     "grpc.keepalive_timeout_ms": 20_000,
@@ -61,6 +60,8 @@ class GrpcServer:
             options=[
                 *_OPTIONS.items(),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
+                # All on one connection is as good as each on its own: too much is refused by name.
+                ("grpc.max_concurrent_streams", config.max_concurrent_requests + _SPARE_CALLS),
             ],
             interceptors=list(interceptors),
             maximum_concurrent_rpcs=config.max_concurrent_requests + _SPARE_CALLS,
