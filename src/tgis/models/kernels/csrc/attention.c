@@ -77,7 +77,7 @@ static void plan_rows(const struct attention_args *a, struct plan *p, int64_t s)
   if (p->tasks) p->scratch[s] = p->num_partials;
   if (splits > 1) p->num_partials += rows * a->kv_heads * splits;
   for (int64_t h = 0; h < a->kv_heads; h++)
-    for (int64_t r = 0; r < rows; r += MAX_ROWS)
+    for (int64_t r = 0; r < rows; r += block_rows(a))
       for (int64_t i = 0; i < splits; i++, p->num_tasks++)
         if (p->tasks) p->tasks[p->num_tasks] = (struct task){s, h, r, i};
 }
@@ -127,7 +127,6 @@ static void run(const struct attention_args *a, const struct plan *p, float *par
   {
 #ifdef HAVE_TILES
     if (p->num_packs) {
-      configure_attention(a->head_dim);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < p->num_packs; i++) pack(a, p, p->packs[i], vt);
     }
@@ -138,6 +137,7 @@ static void run(const struct attention_args *a, const struct plan *p, float *par
 #ifdef HAVE_TILES
       if (on_tiles(a, t.seq)) {
         const int64_t head = p->scratch[t.seq] + t.kv_head * vt_head(a, t.seq);
+        configure_attention(a->head_dim);
         attend_tiles(a, t.seq, t.kv_head, t.row, vt + head);
         continue;
       }
@@ -151,7 +151,7 @@ static void run(const struct attention_args *a, const struct plan *p, float *par
       for (int64_t token = 0; token < a->tokens; token++) combine_token(a, p, token, partials);
     }
 #ifdef HAVE_TILES
-    if (p->num_packs) _tile_release();
+    if (few_on_tiles(a)) _tile_release();
 #endif
   }
   (void)vt;

@@ -3,9 +3,9 @@
 
 #include "vec.h"
 
-#define MAX_ROWS 8               // query rows of a block
-#define SPLIT 256                // positions of a split
-#define PARTIAL(d) (2 + (d))     // floats of a partial result: max, sum, weighted values
+#define MAX_ROWS 16           // query rows of a block
+#define SPLIT 256             // positions of a split
+#define PARTIAL(d) (2 + (d))  // floats of a partial result: max, sum, weighted values
 
 struct attention_args {
   const void *q;  // tokens x heads x head_dim
@@ -21,4 +21,17 @@ struct attention_args {
   int64_t window;                    // 0, or how many positions back a query sees, itself included
   int64_t causal;
   double scale, softcap;  // softcap 0: none
+};
+
+// A block of query rows that share a KV head, and what they see of one split.
+struct block {
+  int64_t rows, n;                             // positions begin .. begin + n are seen by any row
+  int64_t begin;
+  int64_t query[MAX_ROWS], head[MAX_ROWS];     // position and head of each row
+  int64_t lo[MAX_ROWS], hi[MAX_ROWS];          // what each row sees, counted from begin
+  const void *q[MAX_ROWS];
+  float max[MAX_ROWS], sum[MAX_ROWS];
+  float score[MAX_ROWS][SPLIT];                // then exp(score - max)
+  uint16_t weight[MAX_ROWS][SPLIT];            // the same in bfloat16
+  float out[MAX_ROWS][MAX_HEAD_DIM];           // columns up to a multiple of 64 are written
 };

@@ -2,19 +2,9 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_few.h"
 
-// A block of query rows that share a KV head, and what they see of one split.
-struct block {
-  int64_t rows, n;                             // positions begin .. begin + n are seen by any row
-  int64_t begin;
-  int64_t query[MAX_ROWS], head[MAX_ROWS];     // position and head of each row
-  int64_t lo[MAX_ROWS], hi[MAX_ROWS];          // what each row sees, counted from begin
-  const void *q[MAX_ROWS];
-  float max[MAX_ROWS], sum[MAX_ROWS];
-  float score[MAX_ROWS][SPLIT];                // then exp(score - max)
-  uint16_t weight[MAX_ROWS][SPLIT];            // the same in bfloat16
-  float out[MAX_ROWS][MAX_HEAD_DIM];
-};
+#define VECTOR_ROWS 8  // query rows of a block without tiles
 
 #if defined(__AVX512BF16__)
 // 16 vectors -> the vector of their sums.
@@ -65,7 +55,7 @@ INLINE void scores_bf16(const uint16_t *q, const uint16_t *k, int64_t d, int64_t
 // values interleaved, their weights as a pair. `left`: columns of v from here on.
 INLINE void values_bf16(const struct block *b, int rows, int cols, const uint16_t *v, int64_t d,
                         int64_t left, float *out) {
-  __m512 lo[2 * MAX_ROWS], hi[2 * MAX_ROWS];
+  __m512 lo[2 * VECTOR_ROWS], hi[2 * VECTOR_ROWS];
 #pragma GCC unroll 16
   for (int i = 0; i < rows * cols; i++) lo[i] = hi[i] = _mm512_setzero_ps();
   for (int64_t j = 0; j < b->n; j += 2) {
@@ -184,7 +174,7 @@ static void finish_scores(const struct attention_args *a, struct block *b, int64
   for (int64_t j = b->hi[r]; j < end; j++) score[j] = -INFINITY;
 }
 
-static void softmax(struct block *b, int64_t r) {
+static void softmax_row(struct block *b, int64_t r) {
   float *score = b->score[r];
   vf max = splat(-INFINITY), total = {};
   for (int64_t j = 0; j < b->n; j += VL) max = vmax(max, load(score + j, 0));
@@ -198,6 +188,18 @@ static void softmax(struct block *b, int64_t r) {
   }
   b->max[r] = m;
   b->sum[r] = sum(total);
+  for (int64_t j = (b->n + VL - 1) / VL * VL; j % 32; j += VL) store(b->weight[r] + j, (vf){}, 1);
+}
+
+static void softmax(const struct attention_args *a, struct block *b) {
+  for (int64_t r = 0; r < b->rows; r++) {
+    finish_scores(a, b, r);
+    softmax_row(b, r);
+  }
+}
+
+INLINE int64_t block_rows(const struct attention_args *a) {
+  return few_on_tiles(a) ? MAX_ROWS : VECTOR_ROWS;
 }
 
 // The rows of a block and the positions they see; 0 where none of them sees any of the split.
@@ -207,7 +209,7 @@ static int begin_block(const struct attention_args *a, struct block *b, int64_t 
   const int64_t q_len = a->q_start[seq + 1] - start, kv_len = a->kv_len[seq];
   const int64_t from = split * SPLIT, to = min64(from + SPLIT, kv_len);
   int64_t begin = to, end = from;
-  b->rows = min64(MAX_ROWS, q_len * group - first_row);
+  b->rows = min64(block_rows(a), q_len * group - first_row);
   for (int64_t r = 0; r < b->rows; r++) {
     const int64_t token = (first_row + r) / group;
     b->head[r] = kv_head * group + (first_row + r) % group;
@@ -254,12 +256,19 @@ static void attend(const struct attention_args *a, int64_t seq, int64_t kv_head,
   if (begin_block(a, &b, seq, kv_head, first_row, split)) {
     const int64_t to = a->slot[seq] * a->slot_stride + kv_head * a->head_stride +
                        b.begin * a->head_dim;
-    scores(&b, at(a->k, to, a->bf16), a->head_dim, a->bf16);
-    for (int64_t r = 0; r < b.rows; r++) {
-      finish_scores(a, &b, r);
-      softmax(&b, r);
+    const void *k = at(a->k, to, a->bf16), *v = at(a->v, to, a->bf16);
+#ifdef HAVE_TILES
+    if (few_on_tiles(a)) {
+      configure_few(b.rows);
+      scores_few(&b, k, v, a->head_dim);
+      softmax(a, &b);
+      values_few(&b, v, a->head_dim);
+      return end_block(a, &b, seq, first_row, split, splits, partial);
     }
-    values(&b, at(a->v, to, a->bf16), a->head_dim, a->bf16);
+#endif
+    scores(&b, k, a->head_dim, a->bf16);
+    softmax(a, &b);
+    values(&b, v, a->head_dim, a->bf16);
   }
   end_block(a, &b, seq, first_row, split, splits, partial);
 }
