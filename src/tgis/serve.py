@@ -30,6 +30,7 @@ from tgis.control import (
 )
 from tgis.errors import StartupError
 from tgis.hub.fast_tokenizer import ensure_fast_tokenizer
+from tgis.hub.headers import read_headers
 from tgis.hub.resolve import resolve
 from tgis.observe import logs
 
@@ -268,6 +269,8 @@ def run(config: Config) -> int:
     for note in config.notes + effective_limits(config, files).notes:
         log.log(logging.WARNING if note.level == "warning" else logging.INFO, note.text)
     log.info("serving %s from %s", files.name, files.path)
+    if files.weights[0].endswith(".safetensors"):
+        read_headers(Path(files.path))  # what is broken is refused before torch is imported
     with tempfile.TemporaryDirectory(prefix="tgis-") as directory:
         tokenizer = ensure_fast_tokenizer(
             Path(files.path), Path(directory), config.trust_remote_code

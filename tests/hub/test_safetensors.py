@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tgis.errors import ModelError
-from tgis.hub.safetensors import DTYPES, open_checkpoint, read_header
+from tgis.hub.headers import ITEM_BYTES, read_header
+from tgis.hub.safetensors import DTYPES, open_checkpoint
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -207,3 +208,7 @@ def test_no_bytes_do_worse_than_a_model_error(
         read_header(file)
     except ModelError as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_the_format_has_one_table_of_sizes() -> None:
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES
