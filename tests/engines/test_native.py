@@ -76,6 +76,21 @@ def test_a_plan_out_of_bounds_raises(path: Path, row: Row) -> None:
         load_engine(path).forward(StepPlan([row]))
 
 
+def test_a_failed_allocation_is_a_memory_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = StepPlan([Row(0, 0, [1, 2], 0, Want.LAST)])
+    engine = load_engine(path)
+    expected = engine.forward(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr("tgis.models.decoder.Decoder._embed", lambda *_: torch.empty(1 << 50))
+        with pytest.raises(MemoryError, match="you tried to allocate"):
+            engine.forward(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr("tgis.models.decoder.Decoder._embed", lambda *_: torch.ones(2, 3))
+        with pytest.raises((RuntimeError, ValueError)):
+            engine.forward(plan)
+    assert torch.equal(engine.forward(plan), expected)
+
+
 def test_sequences_longer_than_the_positions(path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0}
     engine = native.load(path, config_of(path, rope_parameters=rope), torch.float32)

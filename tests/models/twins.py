@@ -48,6 +48,9 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "llama-mqa": llama(num_key_value_heads=1),
     "llama-odd-heads": llama(num_attention_heads=5, num_key_value_heads=5, hidden_size=40),
     "llama-head-dim": llama(head_dim=20, vocab_size=77),
+    "llama-aligned": llama(  # sizes for which there are layers of our own
+        hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=160
+    ),
     "llama-tied": llama(tie_word_embeddings=True),
     "llama-biases": llama(attention_bias=True, mlp_bias=True),
     "llama-gelu": llama(hidden_act="gelu_new", rms_norm_eps=1e-3),

@@ -1,7 +1,8 @@
 """The native engine: tgis's own networks on the CPU."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ class NativeEngine:
         tokens = NewTokens()
         for row in plan.rows:
             tokens.add(row.slot, row.token_ids, row.start, _num_logits(row))
-        return self._decoder.forward(tokens.inputs(self._rotary), self._cache)
+        with _allocations():
+            return self._decoder.forward(tokens.inputs(self._rotary), self._cache)
 
     def release(self, slots: Sequence[int]) -> None:
         """See `Engine.release`."""
@@ -120,6 +122,18 @@ class NativeEngine:
         """See `Engine.close`."""
         self._cache = None
         self._rotary = None
+
+
+@contextmanager
+def _allocations() -> Iterator[None]:
+    """Turn torch's error for a failed allocation, a plain RuntimeError, into a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, found, size = str(error).partition("can't allocate memory: ")
+        if not found:
+            raise
+        raise MemoryError(f"no memory for a step: {size}") from error
 
 
 def _num_logits(row: Row) -> int:

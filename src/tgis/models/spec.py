@@ -89,7 +89,6 @@ class DecoderSpec:
     residual_multiplier: float = 1.0  # of what a block adds
 
     tied_head: bool = False
-    head_bias: bool = False
     logits_multiplier: float = 1.0
 
     @property

@@ -14,10 +14,11 @@ from torch import Tensor
 from tgis.errors import ModelError
 from tgis.hub.safetensors import Checkpoint
 from tgis.models.families.base import TensorNames
+from tgis.models.packing import make_linear
 from tgis.models.parallel import Shard, Span
 from tgis.models.qkv import qkv_rows
 from tgis.models.spec import DecoderSpec, Learned
-from tgis.quant.linear import Linear, LinearSource, Piece, load_linear, make_linear
+from tgis.quant.linear import Linear, LinearSource, Piece, load_linear
 
 
 class NormWeights(NamedTuple):
@@ -72,7 +73,7 @@ class Weights:
         shape = (spec.vocab_size, spec.hidden_size)
         rows = self._shard.blocks(spec.vocab_size)
         piece = Piece(name, shape, (rows,), (0, spec.hidden_size))
-        return self._linear((piece,), spec.head_bias)
+        return self._linear((piece,), bias=False)
 
     def norm(self, name: str, size: int, bias: bool | None = None) -> NormWeights:
         """A norm's weight and, if the family's norms have one, bias."""
@@ -183,4 +184,4 @@ class Weights:
 
     def _linear(self, pieces: tuple[Piece, ...], bias: bool, adds_bias: bool = True) -> Linear:
         source = LinearSource(pieces, has_bias=bias, adds_bias=adds_bias)
-        return load_linear(self._checkpoint, source, self._dtype)
+        return load_linear(self._checkpoint, source, self._dtype, make_linear)

@@ -27,6 +27,9 @@ PACK_ROWS = 32  # a pack for so many rows is within 5 % of the best at 1, 8, 32 
 Linear = Callable[[Tensor], Tensor]
 """x [n, in_features] -> [n, out_features]"""
 
+MakeLinear = Callable[[Tensor, Tensor | None], Linear]
+"""(weight [out, in], bias [out] or None) -> layer; the caller forgets both."""
+
 
 class Tensors(Protocol):
     """Stored tensors by name, such as `hub.safetensors.Checkpoint`."""
@@ -76,8 +79,16 @@ class LinearSource:
         return stop - start
 
 
-def load_linear(tensors: Tensors, source: LinearSource, dtype: torch.dtype) -> Linear:
+def load_linear(
+    tensors: Tensors, source: LinearSource, dtype: torch.dtype, make: MakeLinear | None = None
+) -> Linear:
     """Make a layer from the checkpoint.
+
+    Args:
+        tensors: the checkpoint.
+        source: what of it the layer is made of.
+        dtype: of the arithmetic.
+        make: makes the layer of a weight that is not quantised; `make_linear` unless given.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or is of a format not known here.
@@ -86,7 +97,7 @@ def load_linear(tensors: Tensors, source: LinearSource, dtype: torch.dtype) -> L
     load = next((load for suffix, load in FORMATS.items() if name + suffix in tensors), None)
     if load is None:
         raise ModelError(f"weight {name}.weight does not exist")
-    return load(tensors, source, dtype)
+    return load(tensors, source, dtype, make or make_linear)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -132,7 +143,9 @@ def can_pack(dtype: torch.dtype) -> bool:
     return False
 
 
-def _load_dense(tensors: Tensors, source: LinearSource, dtype: torch.dtype) -> Linear:
+def _load_dense(
+    tensors: Tensors, source: LinearSource, dtype: torch.dtype, make: MakeLinear
+) -> Linear:
     weight = torch.empty(source.out_features, source.in_features, dtype=dtype)
     bias = torch.empty(source.out_features, dtype=dtype) if source.has_bias else None
     row = 0
@@ -142,7 +155,7 @@ def _load_dense(tensors: Tensors, source: LinearSource, dtype: torch.dtype) -> L
         if bias is not None:
             _copy_bias(tensors, piece, bias[target])
         row += piece.out_features
-    return make_linear(weight, bias if source.adds_bias else None)
+    return make(weight, bias if source.adds_bias else None)
 
 
 def _copy_weight(tensors: Tensors, piece: Piece, target: Tensor) -> None:
@@ -165,7 +178,7 @@ def _copy_rows(source: Tensor, rows: tuple[Span, ...], target: Tensor) -> None:
         at += stop - start
 
 
-FORMATS: dict[str, Callable[[Tensors, LinearSource, torch.dtype], Linear]] = {
+FORMATS: dict[str, Callable[[Tensors, LinearSource, torch.dtype, MakeLinear], Linear]] = {
     ".weight": _load_dense,
 }
 """The suffix by which a format's checkpoints are known -> how it is loaded."""

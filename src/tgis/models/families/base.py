@@ -59,6 +59,5 @@ class TensorNames:
 class Family(NamedTuple):
     """One family: `read` turns a configuration into the network and its names."""
 
-    name: str
     model_types: tuple[str, ...]
     read: Callable[[ModelConfig], tuple[DecoderSpec, TensorNames]]

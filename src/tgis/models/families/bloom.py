@@ -46,4 +46,4 @@ def read_bloom(config: ModelConfig) -> DecoderSpec:
     )
 
 
-FAMILIES = (Family("bloom", ("bloom",), lambda config: (read_bloom(config), NAMES)),)
+FAMILIES = (Family(("bloom",), lambda config: (read_bloom(config), NAMES)),)

@@ -93,4 +93,4 @@ def read_falcon(config: ModelConfig) -> tuple[DecoderSpec, TensorNames]:
     return spec, NAMES[topology]
 
 
-FAMILIES = (Family("falcon", ("falcon", "RefinedWeb", "RefinedWebModel"), read_falcon),)
+FAMILIES = (Family(("falcon", "RefinedWeb", "RefinedWebModel"), read_falcon),)

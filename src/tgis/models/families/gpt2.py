@@ -61,6 +61,7 @@ def _read(config: ModelConfig, family: str, num_kv_heads: int | None = None) -> 
 def read_gpt2(config: ModelConfig) -> DecoderSpec:
     """GPT-2: matrices are stored as [in, out]."""
     config.require("scale_attn_by_inverse_layer_idx", False)
+    config.require("attention_head_type", "multihead")  # SantaCoder's first form
     return _read(config, "gpt2")
 
 
@@ -70,9 +71,8 @@ def read_gpt_bigcode(config: ModelConfig) -> DecoderSpec:
 
 
 FAMILIES = (
-    Family("gpt2", ("gpt2",), lambda config: (read_gpt2(config), GPT2_NAMES)),
+    Family(("gpt2",), lambda config: (read_gpt2(config), GPT2_NAMES)),
     Family(
-        "gpt_bigcode",
         ("gpt_bigcode",),
         lambda config: (read_gpt_bigcode(config), BIGCODE_NAMES),
     ),

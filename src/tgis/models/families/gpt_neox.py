@@ -59,4 +59,4 @@ def read_gpt_neox(config: ModelConfig) -> DecoderSpec:
     )
 
 
-FAMILIES = (Family("gpt_neox", ("gpt_neox",), lambda config: (read_gpt_neox(config), NAMES)),)
+FAMILIES = (Family(("gpt_neox",), lambda config: (read_gpt_neox(config), NAMES)),)

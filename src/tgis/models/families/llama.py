@@ -107,10 +107,10 @@ def read_gemma(config: ModelConfig) -> DecoderSpec:
 
 
 FAMILIES = (
-    Family("llama", ("llama",), lambda config: (read_llama(config), NAMES)),
-    Family("mistral", ("mistral",), lambda config: (read_mistral(config), NAMES)),
-    Family("qwen2", ("qwen2",), lambda config: (read_qwen2(config), NAMES)),
-    Family("qwen3", ("qwen3",), lambda config: (read_qwen3(config), NAMES_WITH_QK_NORM)),
-    Family("granite", ("granite",), lambda config: (read_granite(config), NAMES)),
-    Family("gemma", ("gemma",), lambda config: (read_gemma(config), NAMES)),
+    Family(("llama",), lambda config: (read_llama(config), NAMES)),
+    Family(("mistral",), lambda config: (read_mistral(config), NAMES)),
+    Family(("qwen2",), lambda config: (read_qwen2(config), NAMES)),
+    Family(("qwen3",), lambda config: (read_qwen3(config), NAMES_WITH_QK_NORM)),
+    Family(("granite",), lambda config: (read_granite(config), NAMES)),
+    Family(("gemma",), lambda config: (read_gemma(config), NAMES)),
 )

@@ -55,4 +55,4 @@ def read_mpt(config: ModelConfig) -> DecoderSpec:
     )
 
 
-FAMILIES = (Family("mpt", ("mpt",), lambda config: (read_mpt(config), NAMES)),)
+FAMILIES = (Family(("mpt",), lambda config: (read_mpt(config), NAMES)),)

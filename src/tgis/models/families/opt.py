@@ -49,4 +49,4 @@ def read_opt(config: ModelConfig) -> DecoderSpec:
     )
 
 
-FAMILIES = (Family("opt", ("opt",), lambda config: (read_opt(config), NAMES)),)
+FAMILIES = (Family(("opt",), lambda config: (read_opt(config), NAMES)),)
