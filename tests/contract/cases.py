@@ -28,6 +28,7 @@ CASES = Path(__file__).parent / "cases"
 DEMO = ROOT / "src" / "tgis" / "demo" / "model"
 
 Json = dict[str, Any]
+BATCH_SIZE = 8
 FLOW_WIDTH = 96  # mappings that fit on a line are written on one
 
 
@@ -53,16 +54,6 @@ class CaseFile:
         return Limits(**self.content.get("server", {}))
 
     @property
-    def flags(self) -> list[str]:
-        """The same on the server's command line."""
-        limits = self.limits
-        flags = ["--max-batch-size", "8", "--threads", "1"]
-        flags += ["--max-sequence-length", str(limits.max_sequence_length)]
-        flags += ["--max-new-tokens", str(limits.max_new_tokens)]
-        flags += ["--default-include-stop-seqs", str(limits.default_include_stop_seqs).lower()]
-        return flags + ["--output-special-tokens"] * limits.output_special_tokens
-
-    @property
     def original(self) -> Path | None:
         """The model's directory; None if it is missing."""
         return model_directory(self.content["model"])
@@ -79,6 +70,20 @@ class CaseFile:
             changed = json.loads((target / name).read_text()) | changes
             (target / name).write_text(json.dumps(changed))
         return target
+
+
+def flags(limits: Limits) -> list[str]:
+    """The settings on a server's command line."""
+    named = {
+        "max-batch-size": BATCH_SIZE,
+        "threads": 1,  # the models are too small to share out
+        "max-sequence-length": limits.max_sequence_length,
+        "max-new-tokens": limits.max_new_tokens,
+        "max-concurrent-requests": limits.max_concurrent_requests,
+        "default-include-stop-seqs": str(limits.default_include_stop_seqs).lower(),
+    }
+    pairs = [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    return pairs + ["--output-special-tokens"] * limits.output_special_tokens
 
 
 def model_directory(name: str) -> Path | None:

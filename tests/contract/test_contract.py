@@ -6,13 +6,12 @@ What a request gets must not depend on its neighbours, so all three see the same
 import asyncio
 import hashlib
 import random
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.contract.cases import CaseFile, Json, case_files
+from tests.contract.cases import DEMO, CaseFile, Json, case_files, flags
 from tests.contract.compare import (
     difference,
     error_difference,
@@ -20,6 +19,7 @@ from tests.contract.compare import (
     single_request,
     stream_difference,
 )
+from tests.contract.oracle import Limits
 from tests.kit.client import AsyncClient, Status, connect
 from tests.kit.server import Server, run_server
 
@@ -28,8 +28,7 @@ ORDER_SEED = 20240611
 AT_ONCE = 80  # RPCs under way at the same time
 # Neighbours inside a batch: short, so that whatever the case asks for fits them too.
 NEIGHBOURS = ("The", "Lily and Tom went to the", "")
-SEPARATORS = {"tiny-t5": "\n\n"}
-
+SEPARATORS = {"tiny-t5": "\n\n"}  # between input and output, by model
 
 Outcome = tuple[str, str | None]  # name, and what is wrong
 
@@ -45,17 +44,16 @@ class Served:
 @pytest.fixture(scope="module", params=FILES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = FILES[request.param]
-    yield from _serve(file, tmp_path_factory.mktemp(file.name))
-
-
-def _serve(file: CaseFile, scratch: Path) -> Iterator[Served]:
     if reason := file.content.get("not_yet"):
         pytest.skip(reason)
-    model = file.model(scratch)
+    model = file.model(tmp_path_factory.mktemp(file.name))
     if model is None:
         pytest.skip(f"the model {file.content['model']} is not here")
-    with run_server(model, *file.flags) as server:
-        yield Served(file, server)
+    if model == DEMO and file.limits == Limits():
+        yield Served(file, request.getfixturevalue("demo_server"))
+    else:
+        with run_server(model, *flags(file.limits)) as server:
+            yield Served(file, server)
 
 
 def report(problems: list[Outcome]) -> None:
@@ -91,7 +89,7 @@ def judge_stream(
     request = stream_request(case)
     assert request is not None
     unary = case["response"]["responses"][0]
-    return stream_difference(messages, request, unary, SEPARATORS.get(file.name, ""))
+    return stream_difference(messages, request, unary, SEPARATORS.get(file.content["model"], ""))
 
 
 async def run_shuffled(runs: list[Coroutine[Any, Any, Outcome]]) -> None:

@@ -4,7 +4,8 @@ import asyncio
 from typing import Any
 
 import grpc
-from tests.contract.conftest import BATCH_SIZE, LIMITS
+from tests.contract.cases import BATCH_SIZE
+from tests.contract.conftest import LIMITS
 from tests.kit.client import AsyncClient, Client, Status, connect, parse, to_json
 from tests.kit.server import Server
 
