@@ -22,6 +22,12 @@ class Row:
     start: int  # tokens of the sequence whose keys and values are already there
     want: Want
     block_table: list[int] = field(default_factory=list)  # its blocks (`blocks` layout)
+    encoder_ids: list[int] | None = None  # what an encoder is to read before, if anything
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of the logits tensor that belong to it."""
+        return {Want.NOTHING: 0, Want.LAST: 1, Want.ALL: len(self.token_ids)}[self.want]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,4 @@ class StepPlan:
     @property
     def num_logits(self) -> int:
         """Rows of the logits tensor that the step returns."""
-        return sum(
-            len(row.token_ids) if row.want is Want.ALL else int(row.want is Want.LAST)
-            for row in self.rows
-        )
+        return sum(row.num_logits for row in self.rows)
