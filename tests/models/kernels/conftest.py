@@ -10,7 +10,17 @@ from tgis.models.kernels import build
 RUNNABLE = build.TARGETS[build.TARGETS.index(build.cpu_target()) :]
 
 
-@pytest.fixture(scope="session", params=RUNNABLE, ids=lambda target: target.name)
+# The best, and what the least of machines get; those between are compiled from the same lines.
+USUAL = {RUNNABLE[0].name, "avx2", "generic"}
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(target, id=target.name, marks=[] if target.name in USUAL else pytest.mark.slow)
+        for target in RUNNABLE
+    ],
+)
 def native(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ModuleType]:

@@ -20,6 +20,7 @@ try:
         rope_store,
         scale_rows_,
     )
+    from tgis.models.kernels.replay import replayed
 
     _DESCRIPTION = f"C kernels ({cpu_target().name})"
 except (BuildError, OSError) as error:
@@ -31,6 +32,7 @@ except (BuildError, OSError) as error:
         few_rows_linear,
         layer_norm,
         quantize_rows,
+        replayed,
         rms_norm,
         rope_store,
         scale_rows_,
@@ -47,6 +49,7 @@ __all__ = [
     "few_rows_linear",
     "layer_norm",
     "quantize_rows",
+    "replayed",
     "rms_norm",
     "rope_store",
     "scale_rows_",

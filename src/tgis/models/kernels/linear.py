@@ -22,23 +22,28 @@ _PACK_ROWS = 128  # the hint that makes oneDNN pack bfloat16 in blocks of 32 out
 Linear = Callable[[Tensor], Tensor]
 
 
-def bf16_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+def bf16_linear(
+    weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16
+) -> Linear:
     """A layer of a weight [N, K] and a bias [N], both bfloat16; x [T, K] bfloat16 -> [T, N].
 
-    The layer keeps a packed copy; the caller should forget the weight.
+    The layer keeps a packed copy; the caller should forget the weight. `out_dtype`: bfloat16, or
+    float32 (for logits).
     """
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
     multiply = torch.ops.mkldnn._linear_pointwise.default
-    few = _few_rows(blocked, weight, None, bias)
+    few = _few_rows(blocked, weight, None, bias, out_dtype)
 
     def many(x: Tensor) -> Tensor:
         y: Tensor = multiply(x, blocked, bias, "none", [], "")
-        return y
+        return y.to(out_dtype)
 
     return _by_rows(few, many)
 
 
-def int8_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+def int8_linear(
+    weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16
+) -> Linear:
     """A layer that computes with int8; arguments and calls as of `bf16_linear`.
 
     Each output feature's weights are scaled to -127 .. 127, and so is each row of x when the layer
@@ -48,7 +53,7 @@ def int8_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     blocked = torch.ops.onednn.qlinear_prepack(q, [_PACK_ROWS, q.shape[1]])
     zero_points = torch.zeros(len(q), dtype=torch.int32)
     multiply = torch.ops.onednn.qlinear_pointwise.default
-    few = _few_rows(blocked, q, scale, bias)
+    few = _few_rows(blocked, q, scale, bias, out_dtype)
 
     def many(x: Tensor) -> Tensor:
         # oneDNN knows one scale for all of x: it gets 1, and the rows' own scales come afterwards.
@@ -57,7 +62,7 @@ def int8_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
             *(rows, 1.0, 0, blocked, scale, zero_points),
             *(None, 1.0, 0, x.dtype, "none", [], ""),  # no bias, output not scaled, no activation
         )
-        return kernels.scale_rows_(y, row_scale, bias)
+        return kernels.scale_rows_(y, row_scale, bias).to(out_dtype)
 
     return _by_rows(few, many)
 
@@ -68,13 +73,18 @@ def _by_rows(few: Linear | None, many: Linear) -> Linear:
 
 
 def _few_rows(
-    blocked: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+    blocked: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Linear | None:
     """Our kernel on oneDNN's pack of this weight; None where it cannot be used."""
     if not _is_expected(blocked, weight):
         return None
     address: int = torch.ops.mkldnn.data_ptr(blocked)
-    return kernels.few_rows_linear(address, weight.shape[0], weight.shape[1], scale, bias)
+    rows, cols = weight.shape
+    return kernels.few_rows_linear(address, rows, cols, scale, bias, out_dtype)
 
 
 def _is_expected(blocked: Tensor, weight: Tensor) -> bool:

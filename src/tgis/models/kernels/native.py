@@ -20,6 +20,28 @@ _ERRORS: dict[int, Callable[[], Exception]] = {
     -2: lambda: IndexError("slots, positions or lengths lie outside the tensors"),
 }
 
+_recording: list["Recording"] = []  # the one under way, or none
+
+
+class Recording:
+    """What `replay.Replay` learns of the kernels' calls: functions, arguments, memory."""
+
+    def __init__(self, empty: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> None:
+        self.calls: list[tuple[int, bytes]] = []  # address of the C function, its struct
+        self.empty = empty
+
+    def __enter__(self) -> "Recording":
+        _recording.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _recording.remove(self)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _recording[0].empty(shape, dtype) if _recording else torch.empty(shape, dtype=dtype)
+
+
 _LIBRARY = ctypes.CDLL(str(find_or_compile()))
 
 
@@ -29,9 +51,13 @@ def _kernel(name: str, fields: str) -> Callable[..., None]:
     function = getattr(_LIBRARY, name)
     function.argtypes = [ctypes.c_char_p]
     function.restype = ctypes.c_int
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
 
     def call(*arguments: float) -> None:
-        error = function(pack(*arguments))
+        struct = pack(*arguments)
+        if _recording:
+            _recording[0].calls.append((address, struct))
+        error = function(struct)
         if error:
             raise _ERRORS[error]()
 
@@ -45,8 +71,9 @@ _HAS_AMX = bool(_LIBRARY.tgis_amx(None))  # built for it, and the operating syst
 _quantize_rows = _kernel("tgis_quantize_rows", "ppp iiii")
 _scale_rows = _kernel("tgis_scale_rows", "ppp iii")
 _argmax = _kernel("tgis_argmax", "pp iiii")
-_linear_bf16 = _kernel("tgis_linear_bf16", "ppppp iii")
-_linear_int8 = _kernel("tgis_linear_int8", "ppppp iii")
+_linear_bf16 = _kernel("tgis_linear_bf16", "ppppp iiii")
+_linear_int8 = _kernel("tgis_linear_int8", "ppppp iiii")
+replay = _kernel("tgis_replay", "pp ii")
 _attention = _kernel("tgis_attention", "pppp ppp pp iii iii ii ii i i i dd")
 
 
@@ -99,7 +126,7 @@ def _normalise(
 ) -> Tensor:
     _rows(x, "x")
     rows, cols = x.shape
-    out = torch.empty((rows, cols), dtype=x.dtype)
+    out = _empty((rows, cols), x.dtype)
     _norm(
         x.data_ptr(),
         _like(residual, "residual", (rows, cols), x.dtype),
@@ -131,7 +158,7 @@ def act(x: Tensor, activation: str) -> Tensor:
 def _activate(x: Tensor, activation: str, cols: int, gated: int) -> Tensor:
     _rows(x, "x")
     rows = x.shape[0]
-    out = torch.empty((rows, cols), dtype=x.dtype)
+    out = _empty((rows, cols), x.dtype)
     kind = _ACTIVATIONS[activation]
     _activation(x.data_ptr(), out.data_ptr(), rows, cols, x.stride(0), kind, gated, _flag(x, "x"))
     return out
@@ -177,7 +204,7 @@ def rope_store(
     half = 0 if cos is None else cos.shape[1]
     if 2 * half > head_dim or (cos is None) != (sin is None):
         raise ValueError("cos and sin must come together, for at most the elements of a head")
-    q = torch.empty((tokens, num_heads, head_dim), dtype=dtype)
+    q = _empty((tokens, num_heads, head_dim), dtype)
     _rope_store(
         qkv.data_ptr(),
         _like(cos, "cos", (tokens, half), torch.float32),
@@ -230,7 +257,7 @@ def attention(
     bias_len = 0 if bias is None else bias.shape[1]
     if heads % kv_heads or (bias is not None and bias_len % 2 == 0):
         raise ValueError("H must be a multiple of Hkv, and bias must have an odd number of columns")
-    out = torch.empty((tokens, heads * head_dim), dtype=dtype)
+    out = _empty((tokens, heads * head_dim), dtype)
     _attention(
         _like(q, "q", (tokens, heads, head_dim), dtype),
         k_cache.data_ptr(),
@@ -264,8 +291,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.quantize_rows`."""
     _rows(x, "x")
     rows, cols = x.shape
-    q = torch.empty((rows, cols), dtype=torch.int8)
-    scale = torch.empty(rows)
+    q = _empty((rows, cols), torch.int8)
+    scale = _empty((rows,), torch.float32)
     _quantize_rows(
         x.data_ptr(), q.data_ptr(), scale.data_ptr(), rows, cols, x.stride(0), _flag(x, "x")
     )
@@ -292,7 +319,7 @@ def argmax(logits: Tensor) -> Tensor:
     rows, cols = logits.shape
     if cols == 0:
         raise ValueError("logits must have columns")
-    out = torch.empty(rows, dtype=torch.int64)
+    out = _empty((rows,), torch.int64)
     _argmax(
         logits.data_ptr(), out.data_ptr(), rows, cols, logits.stride(0), _flag(logits, "logits")
     )
@@ -300,7 +327,12 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def few_rows_linear(
-    address: int, out_features: int, in_features: int, scale: Tensor | None, bias: Tensor | None
+    address: int,
+    out_features: int,
+    in_features: int,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Callable[[Tensor], Tensor] | None:
     """See `reference.few_rows_linear`."""
     if not _HAS_AMX:
@@ -308,12 +340,13 @@ def few_rows_linear(
     run = _linear_bf16 if scale is None else _linear_int8
     scale_address = _like(scale, "scale", (out_features,), torch.float32)
     bias_address = _like(bias, "bias", (out_features,), torch.bfloat16)
+    out_bf16 = _DTYPES[out_dtype]
 
     def linear(x: Tensor) -> Tensor:
         rows, cols = x.shape
         if cols != in_features or x.dtype != torch.bfloat16 or not x.is_contiguous():
             raise ValueError(f"x must be contiguous bfloat16 [rows, {in_features}]")
-        out = torch.empty((rows, out_features), dtype=torch.bfloat16)
+        out = _empty((rows, out_features), out_dtype)
         run(
             x.data_ptr(),
             address,
@@ -323,6 +356,7 @@ def few_rows_linear(
             rows,
             in_features,
             out_features,
+            out_bf16,
         )
         return out
 

@@ -239,7 +239,12 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def few_rows_linear(
-    address: int, out_features: int, in_features: int, scale: Tensor | None, bias: Tensor | None
+    address: int,
+    out_features: int,
+    in_features: int,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Callable[[Tensor], Tensor] | None:
     """A layer for few rows of bfloat16 on weights that oneDNN has packed (`linear`).
 
@@ -247,8 +252,26 @@ def few_rows_linear(
         address: of the pack, which the caller keeps alive, as it keeps `scale` and `bias`.
         scale: [out_features] float32 for int8 weights; None for bfloat16 ones.
         bias: [out_features] bfloat16, or None.
+        out_dtype: bfloat16 or float32.
 
     Returns:
         x [T, in_features] -> [T, out_features]; None where there is no such kernel, as in PyTorch.
     """
     return None
+
+
+def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of tensors, recorded for each key when first called, replayed in one go after.
+
+    Args:
+        function: called with the inputs. It must compute by the functions of `models.kernels`
+            alone, besides taking views, and must not decide by the content of tensors. Where it
+            calls another operator it is not recorded, and always just called.
+
+    Returns:
+        (key, *inputs) -> function(*inputs), valid until the next call. The key decides what is
+        called, with which shapes: the number of rows, for example. Inputs are contiguous tensors of
+        the same shapes and types whenever the key is the same, or None. The function may write to
+        inputs; whether the caller sees that is undefined.
+    """
+    return lambda key, *inputs: function(*inputs)

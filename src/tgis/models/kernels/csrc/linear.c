@@ -15,8 +15,9 @@ struct linear_args {
   const void *weight;    // packed
   const float *w_scale;  // per output feature, of int8 weights
   const void *bias;      // null, or out_features: bfloat16
-  void *out;             // rows x out_features: bfloat16
+  void *out;             // rows x out_features
   int64_t rows, in, out_features;
+  int64_t out_bf16;  // or float32
 };
 
 #ifdef HAVE_TILES
@@ -101,7 +102,11 @@ INLINE void finish(const struct linear_args *a, const struct operands *o, int32_
         y = load(&sums[r][c], 0);
       }
       if (a->bias) y += load(at(a->bias, col + c, 1), 1);
-      store((char *)at(a->out, (row + r) * a->out_features + col + c, 1), y, 1);
+      const int64_t to = (row + r) * a->out_features + col + c;
+      if (a->out_bf16)
+        store((char *)at(a->out, to, 1), y, 1);
+      else
+        store((char *)at(a->out, to, 0), y, 0);
     }
 }
 
