@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tgis import __version__
 from tgis.config import Config, effective_limits
 from tgis.control import (
     Alive,
@@ -32,7 +33,7 @@ from tgis.errors import StartupError
 from tgis.hub.fast_tokenizer import ensure_fast_tokenizer
 from tgis.hub.headers import read_headers
 from tgis.hub.resolve import resolve
-from tgis.observe import logs
+from tgis.observe import logs, tracing
 
 log = logging.getLogger("tgis.serve")
 
@@ -182,8 +183,7 @@ class Supervisor:
         elif child.fatal is not None and not self._served:
             raise _startup_error(child.fatal)
         elif child.name == "front":
-            log.error("the front died (%s)", _how(code))
-            self._exit_code = 1
+            raise StartupError(f"the front died ({_how(code)})")
         elif self._drain_deadline is None:
             self._replace_core(child, code)
 
@@ -265,6 +265,9 @@ def run(config: Config) -> int:
         StartupError: the server cannot run; one line for the operator.
     """
     logs.configure(config.log_level, config.log_format, "serve")
+    given = (f"{name}={getattr(config, name)}" for name in config.origins)
+    log.info("tgis %s, Launcher args: %s", __version__, " ".join(given) or "none")
+    tracing.check_available(config)
     files = resolve(config)
     for note in config.notes + effective_limits(config, files).notes:
         log.log(logging.WARNING if note.level == "warning" else logging.INFO, note.text)

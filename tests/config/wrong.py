@@ -166,7 +166,12 @@ WRONG = [
         "tls: cannot provide client ca cert without keypair",
         "set --tls-cert-path",
     ),
-    # Not there yet: refused, never ignored
-    flag("--api-keys-file {file}", "--api-keys-file=", "not supported", "leave it unset"),
-    flag("--metrics-compat", "--metrics-compat=true", "not supported", "leave it unset"),
+    flag("--tls-http", "--tls-http=true", "there is no certificate", "set --tls-cert-path"),
+    flag(
+        "--tls-cert-path {file} --tls-key-path {file} --tls-client-names a,b",
+        "--tls-client-names=a,b",
+        "set --tls-client-ca-cert-path too",
+    ),
+    flag("--tls-client-names a,,b", "--tls-client-names=a,,b", "expected names such as"),
+    flag("--api-keys-file /no/keys", "couldn't load API keys from /no/keys", "a readable file"),
 ]

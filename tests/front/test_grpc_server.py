@@ -43,6 +43,7 @@ class Service(generation_pb2_grpc.GenerationServiceServicer):
         self.began = asyncio.Event()
         self.ended = asyncio.Event()
         self.cancelled = False
+        self.serving = False
 
     async def Generate(self, request, context):
         self.began.set()
@@ -92,7 +93,7 @@ class Running(NamedTuple):
 @contextlib.asynccontextmanager
 async def running(service: Service, interceptors=(), **settings) -> AsyncIterator[Running]:
     config = Config(model_name="x", host=LOOPBACK, grpc_port=0, **settings)
-    server = GrpcServer(config, interceptors)
+    server = GrpcServer(config, lambda: service.serving, interceptors)
     server.add_service(GENERATION_SERVICE, service)
     port = await server.start()
     try:
@@ -332,7 +333,8 @@ async def test_interceptors_see_every_call(service):
 
 
 def server_on(port: int, host: str = LOOPBACK, **settings) -> GrpcServer:
-    return GrpcServer(Config(model_name="x", host=host, grpc_port=port, **settings))
+    config = Config(model_name="x", host=host, grpc_port=port, **settings)
+    return GrpcServer(config, lambda: True)
 
 
 async def test_port_in_use_by_another_of_us(here):
@@ -383,7 +385,7 @@ async def test_tls(service, tmp_path):
 # ---- health ----
 
 
-async def test_health_follows(here):
+async def test_health_follows(here, service):
     health = health_pb2_grpc.HealthStub(here.channel)
 
     async def check(name: str) -> int:
@@ -392,7 +394,9 @@ async def test_health_follows(here):
     watch = health.Watch(health_pb2.HealthCheckRequest(service="fmaas.GenerationService"))
     assert (await watch.read()).status == NOT_SERVING
     for serving, status in ((True, SERVING), (False, NOT_SERVING), (True, SERVING)):
-        here.server.set_serving(serving)
+        service.serving = serving
+        assert await check("") == status  # also before anybody is told
+        here.server.health_changed()
         assert (await watch.read()).status == status
         assert await check("") == status
         assert await check("fmaas.GenerationService") == status
@@ -447,7 +451,8 @@ async def test_reflection_describes_the_contract(channel):
 async def test_stop_lets_open_calls_end(service, here, method):
     service.gate.clear()
     watch = health_pb2_grpc.HealthStub(here.channel).Watch(health_pb2.HealthCheckRequest())
-    here.server.set_serving(True)
+    service.serving = True
+    here.server.health_changed()
     while (await watch.read()).status != SERVING:
         pass
     call = getattr(here.stub, method)(METHODS[method])

@@ -12,6 +12,7 @@ import pytest
 from tgis.errors import ConfigError
 from tgis.front import http_api
 from tgis.front.health import Health, State
+from tgis.front.probe import Verdict
 from tgis.observe.metrics import Limits, Metrics
 from tgis.types import ModelInfo, ModelKind
 from tgis.wire import Gauges, Loading
@@ -82,10 +83,24 @@ async def test_watch_tells_every_change_once(house: House) -> None:
     assert seen.empty()
 
 
+class FakeProbe:
+    """A deep check with a given result."""
+
+    verdict = Verdict.WORKS
+
+    async def check(self) -> Verdict:
+        return self.verdict
+
+
 @pytest.fixture
-async def pages(house: House) -> AsyncIterator[aiohttp.ClientSession]:
+def probe() -> FakeProbe:
+    return FakeProbe()
+
+
+@pytest.fixture
+async def pages(house: House, probe: FakeProbe) -> AsyncIterator[aiohttp.ClientSession]:
     metrics = Metrics(Limits(512, 511, 8))
-    app = http_api.make_app(house.health, house.link, metrics)  # type: ignore[arg-type]
+    app = http_api.make_app(house.health, house.link, probe, metrics)  # type: ignore[arg-type]
     runner, port = await http_api.start(app, "127.0.0.1", 0)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
         yield session
@@ -105,6 +120,33 @@ async def test_health_page(house: House, pages: aiohttp.ClientSession) -> None:
         assert (answer.status, await answer.text()) == (200, "")
     async with pages.head("/health") as answer:
         assert answer.status == 200
+
+
+async def test_deep_page(house: House, probe: FakeProbe, pages: aiohttp.ClientSession) -> None:
+    probe.verdict = Verdict.FAILED
+    async with pages.get("/health?deep=1") as answer:
+        assert answer.status == 503  # there is no model yet
+        assert "check" not in await answer.json()
+    house.link.model = MODEL
+    for path, status in (("/health?deep=1", 503), ("/health?deep=0", 200), ("/health", 200)):
+        async with pages.get(path) as answer:
+            assert answer.status == status
+    for verdict, error in (
+        (Verdict.FAILED, "unhealthy"),
+        (Verdict.UNAVAILABLE, "unhealthy"),
+        (Verdict.TIMED_OUT, "Healthcheck timed-out"),
+    ):
+        probe.verdict = verdict
+        async with pages.get("/health?deep=true") as answer:
+            assert answer.status == 503
+            assert await answer.json() == {
+                "error": error,
+                "state": "ready",
+                "check": verdict.value,
+            }
+    probe.verdict = Verdict.WORKS
+    async with pages.get("/health?deep=1") as answer:
+        assert (answer.status, await answer.text()) == (200, "")
 
 
 @pytest.mark.parametrize(

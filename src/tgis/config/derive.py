@@ -137,6 +137,16 @@ def _tls(draft: Draft) -> None:
             f"{draft.where('tls_client_ca_cert_path')}: tls: cannot provide client ca cert without"
             " keypair; set --tls-cert-path and --tls-key-path too"
         )
+    if draft.get("tls_client_names") and not draft.get("tls_client_ca_cert_path"):
+        raise ConfigError(
+            f"{draft.where('tls_client_names')}: no client is asked for a certificate;"
+            " set --tls-client-ca-cert-path too"
+        )
+    if draft.get("tls_http") and not cert:
+        raise ConfigError(
+            f"{draft.where('tls_http')}: there is no certificate;"
+            " set --tls-cert-path and --tls-key-path too"
+        )
 
 
 def _ports(draft: Draft) -> None:

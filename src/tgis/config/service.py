@@ -30,9 +30,7 @@ LogLevel = Literal["trace", "debug", "info", "warning", "error", "off"]
 
 _LEVELS: dict[str, LogLevel] = {name: name for name in get_args(LogLevel)} | {"warn": "warning"}
 
-_NO_TLS = "TLS is not supported by this version"
 _NO_PROMPTS = "soft prompts are not supported by this version"
-_NO_TRACES = "tracing is not supported by this version"
 
 
 def _log_level(text: str) -> LogLevel:
@@ -90,7 +88,6 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             aliases={"ssl_certfile": ""},
             check=readable_file("cert"),
             unset="no TLS",
-            not_yet=_NO_TLS,
         ),
     ] = None
     tls_key_path: Annotated[
@@ -101,7 +98,6 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             aliases={"ssl_keyfile": ""},
             check=readable_file("key"),
             unset="no TLS",
-            not_yet=_NO_TLS,
         ),
     ] = None
     tls_client_ca_cert_path: Annotated[
@@ -112,9 +108,23 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             aliases={"ssl_ca_certs": ""},
             check=readable_file("client ca cert"),
             unset="clients need no certificate",
-            not_yet=_NO_TLS,
         ),
     ] = None
+    tls_client_names: Annotated[
+        str | None,
+        Setting(
+            ACCESS,
+            "names of which a client certificate must carry one, separated by commas",
+            check=Check(
+                "names such as client.example.org,spiffe://example.org/client",
+                lambda v: all(part.strip() for part in v.split(",")),
+            ),
+            unset="any certificate of the authorities will do",
+        ),
+    ] = None
+    tls_http: Annotated[
+        bool, Setting(ACCESS, "TLS with the same certificate on the HTTP port too")
+    ] = False
     api_keys_file: Annotated[
         str | None,
         Setting(
@@ -122,7 +132,6 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             "file of SHA-256 hashes of accepted API keys, one a line",
             check=readable_file("API keys"),
             unset="no key is asked for",
-            not_yet="API keys are not supported by this version",
         ),
     ] = None
 
@@ -182,18 +191,13 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
     json_output: Annotated[bool, Setting(OBSERVE, "the same as --log-format json")] = False
     log_prompts: Annotated[
         bool,
-        Setting(
-            OBSERVE,
-            "log the first 32 columns of inputs and outputs",
-            no_effect="this version never logs them",
-        ),
+        Setting(OBSERVE, "log the first 32 columns of inputs and outputs"),
     ] = True
     metrics_compat: Annotated[
         bool,
         Setting(
             OBSERVE,
             "add the metric names that autoscalers of other servers read (vllm:...)",
-            not_yet="metrics under other servers' names are not supported by this version",
         ),
     ] = False
     otlp_endpoint: Annotated[
@@ -206,7 +210,6 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
                 lambda v: v.startswith(("http://", "https://", "grpc://")),
             ),
             unset="no tracing",
-            no_effect=_NO_TRACES,
         ),
     ] = None
     otlp_service_name: Annotated[
@@ -215,7 +218,6 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             OBSERVE,
             "name of this service in traces",
             aliases={"otel_service_name": ""},
-            no_effect=_NO_TRACES,
         ),
     ] = "text-generation-inference.router"
 

@@ -6,11 +6,11 @@ Unary and streaming answers are made from the same pieces, so they cannot differ
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import ExitStack
 
 from tgis.errors import InvalidRequest
-from tgis.front.accounts import Accounts
+from tgis.front.accounts import Accounts, Call, Output
 from tgis.front.intake import Input, Intake, refuse_adapters
 from tgis.front.params import Limits
 from tgis.front.rpc import Context
@@ -45,38 +45,40 @@ class GenerationService:
         self, request: pb.BatchedGenerationRequest, context: Context
     ) -> pb.BatchedGenerationResponse:
         """Generate for a batch of inputs; all succeed or the call fails."""
-        arrival = time.monotonic()
-        count = len(request.requests)
-        kind = "single" if count == 1 else "batch"
-        self._accounts.arrived(kind, count)
-        if not count:
-            return pb.BatchedGenerationResponse()
-        with self._intake.permits(count), ExitStack() as stack:
-            texts = [item.text for item in request.requests]
-            inputs = await self._intake.accept(texts, request, arrival)
-            streams = [stack.enter_context(self._streams.open(item.job)) for item in inputs]
-            with self._accounts.request():
-                answers = await asyncio.gather(*(stream.collect() for stream in streams))
-            for stream, answer in zip(streams, answers, strict=True):
-                self._accounts.finished(kind, stream, answer.finish)
-            return pb.BatchedGenerationResponse(
-                responses=[
-                    self._response(*parts) for parts in zip(inputs, streams, answers, strict=True)
-                ]
-            )
+        texts = [item.text for item in request.requests]
+        kind = "single" if len(texts) == 1 else "batch"
+        with self._accounts.call(kind, texts, request, context) as call:
+            if not texts:
+                return pb.BatchedGenerationResponse()
+            with self._intake.permits(len(texts)), ExitStack() as stack:
+                inputs = await self._intake.accept(texts, request, call.arrival)
+                call.validated = time.monotonic()
+                streams = [stack.enter_context(self._streams.open(item.job)) for item in inputs]
+                outputs = call.accepted(streams)
+                answers = await _all(self._collect(call, output) for output in outputs)
+                return pb.BatchedGenerationResponse(
+                    responses=[
+                        self._response(*parts)
+                        for parts in zip(inputs, streams, answers, strict=True)
+                    ]
+                )
 
     async def GenerateStream(  # noqa: N802
         self, request: pb.SingleGenerationRequest, context: Context
     ) -> AsyncIterator[pb.GenerationResponse]:
         """Generate for one input, piece by piece."""
-        arrival = time.monotonic()
-        self._accounts.arrived("stream", 1)
-        with self._intake.permits(1):
+        texts = [request.request.text]
+        with (
+            self._accounts.call("stream", texts, request, context) as call,
+            self._intake.permits(1),
+        ):
             if not request.HasField("request"):
                 raise InvalidRequest("missing request")
-            (item,) = await self._intake.accept([request.request.text], request, arrival)
-            with self._streams.open(item.job) as stream, self._accounts.request():
-                async for message in self._messages(item, stream):
+            (item,) = await self._intake.accept(texts, request, call.arrival)
+            call.validated = time.monotonic()
+            with self._streams.open(item.job) as stream:
+                (output,) = call.accepted([stream])
+                async for message in self._messages(item, call, output):
                     yield message
 
     async def Tokenize(  # noqa: N802
@@ -136,8 +138,17 @@ class GenerationService:
             input_tokens=[] if not_started else self._input_tokens(item, stream),
         )
 
-    async def _messages(self, item: Input, stream: Stream) -> AsyncIterator[pb.GenerationResponse]:
+    async def _collect(self, call: Call, output: Output) -> Answer:
+        answer = await output.stream.collect()
+        output.add(answer.text)
+        self._accounts.finished(call, output, answer.finish)
+        return answer
+
+    async def _messages(
+        self, item: Input, call: Call, output: Output
+    ) -> AsyncIterator[pb.GenerationResponse]:
         """The messages of one stream, in the order of the TGIS api (streaming protocol)."""
+        stream = output.stream
         yield pb.GenerationResponse(
             input_token_count=item.num_tokens,
             seed=item.seed,
@@ -152,8 +163,9 @@ class GenerationService:
                     tokens = self._input_tokens(item, stream)
                     yield pb.GenerationResponse(input_token_count=len(tokens), input_tokens=tokens)
                 finish = piece.finish
+                output.add(piece.text)
                 if finish is not FinishReason.NOT_FINISHED:
-                    self._accounts.finished("stream", stream, finish)
+                    self._accounts.finished(call, output, finish)
                 if piece.text or piece.token is not None or finish:
                     yield self._piece(item, piece)
 
@@ -191,3 +203,13 @@ class GenerationService:
             self._token_info(token_id, details)
             for token_id, details in zip(item.job.token_ids, [first, *rest], strict=True)
         ]
+
+
+async def _all(work: Iterable[Coroutine[None, None, Answer]]) -> list[Answer]:
+    """Wait for all; when one fails, none is left behind."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -5,7 +5,7 @@ that drains; here closing ends them, after they have been told.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2 as pb
@@ -17,29 +17,34 @@ HEALTH_SERVICE = pb.DESCRIPTOR.services_by_name["Health"]
 
 
 class HealthService:
-    """The servicer. NOT_SERVING until told otherwise.
+    """The servicer.
 
     Args:
         names: what checks may ask for; "" is the server as a whole.
+        is_serving: the truth, asked at each check so that no answer can be stale.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], is_serving: Callable[[], bool]) -> None:
         self._names = frozenset(names)
-        self._status: pb.HealthCheckResponse.ServingStatus = pb.HealthCheckResponse.NOT_SERVING
+        self._is_serving = is_serving
         self._closed = False
         self._changed = asyncio.Event()
 
-    def set_serving(self, serving: bool) -> None:
-        """Change the status and tell the watchers."""
-        answer = pb.HealthCheckResponse
-        self._status = answer.SERVING if serving and not self._closed else answer.NOT_SERVING
+    def changed(self) -> None:
+        """The truth has changed: tell the watchers."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     def close(self) -> None:
         """NOT_SERVING for good; whoever watches is told, and the watch ends."""
         self._closed = True
-        self.set_serving(False)
+        self.changed()
+
+    @property
+    def _status(self) -> pb.HealthCheckResponse.ServingStatus:
+        answer = pb.HealthCheckResponse
+        serving = not self._closed and self._is_serving()
+        return answer.SERVING if serving else answer.NOT_SERVING
 
     async def Check(  # noqa: N802
         self, request: pb.HealthCheckRequest, context: Context

@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -49,11 +49,15 @@ class GrpcServer:
 
     Args:
         config: address, message size and number of concurrent requests.
+        is_serving: what health checks are told.
         interceptors: see every call of every service before it is answered.
     """
 
     def __init__(
-        self, config: Config, interceptors: "Sequence[grpc.aio.ServerInterceptor[Any, Any]]" = ()
+        self,
+        config: Config,
+        is_serving: Callable[[], bool],
+        interceptors: "Sequence[grpc.aio.ServerInterceptor[Any, Any]]" = (),
     ) -> None:
         self._config = config
         self._server = grpc.aio.server(
@@ -67,7 +71,7 @@ class GrpcServer:
             maximum_concurrent_rpcs=config.max_concurrent_requests + _SPARE_CALLS,
         )
         self._stopping: asyncio.Future[None] | None = None
-        self._health = HealthService(HEALTH_NAMES)
+        self._health = HealthService(HEALTH_NAMES, is_serving)
         self.add_service(HEALTH_SERVICE, self._health)
 
     def add_service(self, service: ServiceDescriptor, servicer: object) -> None:
@@ -76,8 +80,6 @@ class GrpcServer:
 
     async def start(self, credentials: grpc.ServerCredentials | None = None) -> int:
         """Listen, with TLS if there are credentials, and return the port.
-
-        Health is NOT_SERVING until `set_serving`.
 
         Raises:
             ConfigError: the address cannot be listened on.
@@ -92,9 +94,9 @@ class GrpcServer:
         await self._server.start()
         return port
 
-    def set_serving(self, serving: bool) -> None:
-        """Tell health checks, and those who watch."""
-        self._health.set_serving(serving)
+    def health_changed(self) -> None:
+        """Tell those who watch the health."""
+        self._health.changed()
 
     async def stop(self, grace: float) -> None:
         """Take no new calls, let the open ones end within `grace` seconds, then close.

@@ -10,7 +10,7 @@ from enum import Enum
 
 from tgis.front.link import CoreLink
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.05
 
 
 class State(Enum):
@@ -18,7 +18,7 @@ class State(Enum):
 
     STARTING = "starting"  # the model is being loaded for the first time
     READY = "ready"
-    DEGRADED = "degraded"  # the core is silent, or its step takes too long
+    DEGRADED = "degraded"  # the core is silent, or fails even on a test
     DEAD = "dead"  # the core has died and is being replaced
     DRAINING = "draining"  # no new requests; open ones finish
 
@@ -27,7 +27,11 @@ class Health:
     """The state, computed when asked for.
 
     Args:
-        hang_timeout: seconds of silence, or of one step, after which the core counts as hung.
+        hang_timeout: seconds of silence after which the core counts as hung.
+
+    Attributes:
+        draining: the server has been told to end.
+        failing: the engine fails on what it must be able to do.
     """
 
     def __init__(
@@ -38,6 +42,12 @@ class Health:
         self._clock = clock
         self._was_ready = False
         self.draining = False
+        self.failing = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests will be answered."""
+        return self.state is State.READY
 
     @property
     def state(self) -> State:
@@ -47,7 +57,7 @@ class Health:
         if self._link.model is None:
             return State.DEAD if self._was_ready else State.STARTING
         self._was_ready = True
-        if self._clock() - self._link.last_heard > self._hang_timeout:
+        if self.failing or self._clock() - self._link.last_heard > self._hang_timeout:
             return State.DEGRADED
         return State.READY
 

@@ -1,6 +1,7 @@
 """HTTP for operators: `GET /health` and `GET /metrics`, and nothing else."""
 
 import logging
+import ssl
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -8,30 +9,26 @@ from aiohttp import web
 from tgis.errors import ConfigError
 from tgis.front.health import Health, State
 from tgis.front.link import CoreLink
+from tgis.front.probe import Probe, Verdict
 from tgis.observe.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 1 << 16
+_FALSE = ("0", "false", "no")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(health: Health, link: CoreLink, metrics: Metrics) -> web.Application:
+def make_app(health: Health, link: CoreLink, probe: Probe, metrics: Metrics) -> web.Application:
     """The application; errors have empty bodies, as TGIS answers them."""
 
     async def get_health(request: web.Request) -> web.Response:
         state = health.state
-        if state is State.READY:
-            return web.Response()
-        body: dict[str, object] = {"error": "unhealthy", "state": state.value}
-        if state is not State.DRAINING and link.loading.bytes_total:
-            done, total = link.loading.bytes_done, link.loading.bytes_total
-            body["loading"] = {
-                "bytes": done,
-                "total": total,
-                "percent": round(100 * done / total, 1),
-            }
-        return web.json_response(body, status=503)
+        if state is not State.READY:
+            return web.json_response(_unhealthy(state, link), status=503)
+        if request.query.get("deep", "0") not in _FALSE:
+            return _answer(await probe.check(), health, link)
+        return web.Response()
 
     async def get_metrics(request: web.Request) -> web.Response:
         return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE})
@@ -51,7 +48,28 @@ def make_app(health: Health, link: CoreLink, metrics: Metrics) -> web.Applicatio
     return app
 
 
-async def start(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
+def _unhealthy(state: State, link: CoreLink) -> dict[str, object]:
+    body: dict[str, object] = {"error": "unhealthy", "state": state.value}
+    done, total = link.loading.bytes_done, link.loading.bytes_total
+    if state in (State.STARTING, State.DEAD) and total:
+        percent = round(100 * done / total, 1)
+        body["loading"] = {"bytes": done, "total": total, "percent": percent}
+    return body
+
+
+def _answer(verdict: Verdict, health: Health, link: CoreLink) -> web.Response:
+    """What a deep check says."""
+    if verdict is Verdict.WORKS:
+        return web.Response()
+    body = _unhealthy(health.state, link) | {"check": verdict.value}
+    if verdict is Verdict.TIMED_OUT:
+        body["error"] = "Healthcheck timed-out"
+    return web.json_response(body, status=503)
+
+
+async def start(
+    app: web.Application, host: str, port: int, tls: ssl.SSLContext | None = None
+) -> tuple[web.AppRunner, int]:
     """Serve; returns the runner to clean up, and the port (which `port` 0 leaves to the system).
 
     Raises:
@@ -59,7 +77,7 @@ async def start(app: web.Application, host: str, port: int) -> tuple[web.AppRunn
     """
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
-    site = web.TCPSite(runner, host, port, reuse_port=False)
+    site = web.TCPSite(runner, host, port, reuse_port=False, ssl_context=tls)
     try:
         await site.start()
     except OSError as error:

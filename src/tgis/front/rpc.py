@@ -26,6 +26,15 @@ _MAX_DETAILS_BYTES = 2000
 _UNEXPECTED = "Request failed: internal error"
 
 
+def metadata_of(context: Context) -> dict[str, str]:
+    """The text entries of a call's metadata; of several with one name the first."""
+    entries: dict[str, str] = {}
+    for name, value in context.invocation_metadata() or ():
+        if isinstance(value, str):
+            entries.setdefault(name, value)
+    return entries
+
+
 def service_handler(
     service: ServiceDescriptor, servicer: object
 ) -> "grpc.GenericRpcHandler[Any, Any]":
@@ -104,12 +113,10 @@ async def _answering(request: Message | InvalidRequest, context: Context) -> Asy
 
 
 async def _abort(context: Context, error: RequestError) -> None:
-    hint = error.retry_after_ms if isinstance(error, Unavailable) else None
-    await context.abort(
-        grpc.StatusCode[_status(error).grpc],
-        _clipped(str(error)),
-        () if hint is None else (("retry-after-ms", str(hint)),),
-    )
+    trailers = tuple(context.trailing_metadata() or ())
+    if isinstance(error, Unavailable):
+        trailers += (("retry-after-ms", str(error.retry_after_ms)),)
+    await context.abort(grpc.StatusCode[_status(error).grpc], _clipped(str(error)), trailers)
 
 
 def _status(error: RequestError) -> Status:

@@ -8,6 +8,7 @@ never grows a queue.
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -40,6 +41,7 @@ class Job:
     include_stop_sequence: bool
     arrival: float  # CLOCK_MONOTONIC seconds, as all times here
     deadline: float = math.inf
+    measured: bool = True  # False: a test of our own, which metrics leave out
 
 
 @dataclass(slots=True)
@@ -187,6 +189,7 @@ class Streams:
         self._metrics = metrics
         self._streams: dict[int, Stream] = {}
         self._ids = count(1)
+        self.on_failure: Callable[[], None] = lambda: None  # told that the engine has failed
         self.link: CoreLink  # set by whoever makes both ends meet
 
     def __len__(self) -> int:
@@ -229,7 +232,9 @@ class Streams:
         for seq_id, at in out.started:
             if stream := self._streams.get(seq_id):
                 stream.times.started = at
-                self._metrics.observe("tgi_request_queue_duration", at - stream.times.arrival)
+                if stream.job.measured:
+                    waited = at - stream.times.arrival
+                    self._metrics.observe("tgi_request_queue_duration", waited)
         for inputs in out.inputs:
             if stream := self._streams.get(inputs.seq_id):
                 stream.input_details = inputs.details
@@ -238,7 +243,7 @@ class Streams:
             stream = self._streams.get(token.seq_id)
             if stream is None:
                 continue  # aborted while the step was under way
-            self._time(stream.times, now, token.token_id >= 0)
+            self._time(stream, now, token.token_id >= 0)
             stream.push(token)
             if stream.finished:
                 del self._streams[token.seq_id]
@@ -250,6 +255,8 @@ class Streams:
 
     def on_failed(self, failed: Failed) -> None:
         """End one stream with an error."""
+        if failed.kind is not FailureKind.INVALID:
+            self.on_failure()
         if stream := self._streams.pop(failed.seq_id, None):
             cause = failed.message
             if stream.num_generated:
@@ -258,19 +265,31 @@ class Streams:
 
     def on_lost(self) -> None:
         """The core is gone: every open stream ends now."""
+        self._metrics.count("tgi_core_lost_count")
+        self._fail_all("The inference engine has died and is being restarted")
+
+    def cut_off(self) -> None:
+        """The server ends now, whatever is still open."""
+        self.link.abort(list(self._streams))
+        self._fail_all("The server is shutting down")
+
+    def _fail_all(self, text: str) -> None:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.fail(Unavailable("The inference engine has died and is being restarted"))
+            stream.fail(Unavailable(text))
 
-    def _time(self, times: Times, now: float, token: bool) -> None:
+    def _time(self, stream: Stream, now: float, token: bool) -> None:
+        times = stream.times
         if not token:
-            times.started = times.last_token = now
+            times.started = times.started or now
         elif not times.first_token:
-            times.first_token = times.last_token = now
-            self._metrics.observe("tgi_request_time_to_first_token_duration", now - times.arrival)
+            times.first_token = now
+            if stream.job.measured:
+                waited = now - times.arrival
+                self._metrics.observe("tgi_request_time_to_first_token_duration", waited)
         else:
             self._metrics.observe("tgi_request_inter_token_duration", now - times.last_token)
-            times.last_token = now
+        times.last_token = now
 
     def _note_step(self, out: Out) -> None:
         gauges, metrics = out.gauges, self._metrics
