@@ -1,101 +1,15 @@
-"""The scheduler, driven without an engine: every chosen token is `next_token`'s."""
-
-import math
-from dataclasses import dataclass, field
+"""The scheduler's rules, one by one."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kit.fake_engine import continuation, next_token
+from tests.kit.fake_engine import continuation
+from tests.kit.scheduling import Driver, request
 
-from tgis.core.budget import PagedBudget
-from tgis.core.kv.base import KvMemory
-from tgis.core.kv.rows import RowsMemory
-from tgis.core.scheduler import OVERTAKING_SECONDS, Scheduler
-from tgis.core.sequence import Sequence
-from tgis.engines.plan import StepPlan, Want
-from tgis.types import NO_DETAILS, DetailParams, FinishReason, SamplingParams
+from tgis.core.scheduler import OVERTAKING_SECONDS
+from tgis.engines.plan import Want
+from tgis.types import DetailParams, FinishReason
 from tgis.wire import Add
-
-EOS = 31
-
-
-def request(
-    seq_id: int,
-    prompt_len: int = 4,
-    max_new: int = 5,
-    *,
-    arrival: float = 0.0,
-    deadline: float = math.inf,
-    min_new: int = 0,
-    details: DetailParams = NO_DETAILS,
-) -> Add:
-    prompt = [(7 * seq_id + i) % 29 for i in range(prompt_len)]
-    sampling = SamplingParams(min_new_tokens=min_new)
-    return Add(seq_id, prompt, sampling, details, max_new, deadline, arrival)
-
-
-@dataclass
-class Driver:
-    """Plays the part of engine and sampler, and checks the accounts after every step."""
-
-    memory: KvMemory
-    scheduler: Scheduler
-    now: float = 0.0
-    live: dict[int, Sequence] = field(default_factory=dict)
-    done: dict[int, tuple[list[int], FinishReason]] = field(default_factory=dict)
-
-    @classmethod
-    def make(cls, slots: int = 4, tokens: int = 1000, budget: int = 16, eos: int = -1) -> "Driver":
-        memory = RowsMemory(2 * slots, tokens)
-        scheduler = Scheduler(
-            memory,
-            PagedBudget(tokens, horizon=16),
-            max_step_tokens=budget,
-            max_running=slots,
-            eos_token_ids=[eos],
-        )
-        return cls(memory, scheduler)
-
-    def add(self, add: Add) -> Sequence:
-        seq = self.live[add.seq_id] = Sequence.of(add.seq_id, add, 0)
-        self.scheduler.add(seq)
-        return seq
-
-    def drop(self, seq_id: int) -> None:
-        self.scheduler.remove(self.live.pop(seq_id))
-        self.check()
-
-    def step(self) -> StepPlan:
-        self.now += 1
-        plan = self.scheduler.schedule()
-        assert plan.num_tokens <= self.scheduler._max_step_tokens
-        for row in plan.rows:
-            seq = self.live[row.seq_id]
-            assert row.start == seq.num_computed
-            assert row.token_ids == seq.token_ids[row.start : row.start + len(row.token_ids)]
-            self.scheduler.account(seq, row)
-            if seq.num_uncomputed == 0:
-                token = next_token(seq.token_ids[-1], len(seq.token_ids) - 1)
-                reason = self.scheduler.append(seq, token, self.now)
-                if reason is not FinishReason.NOT_FINISHED:
-                    self.done[row.seq_id] = (seq.token_ids[seq.num_prompt :], reason)
-                    del self.live[row.seq_id]
-        self.check()
-        return plan
-
-    def check(self) -> None:
-        assert self.scheduler.check() is None
-        holding = [seq for seq in self.live.values() if seq.slot >= 0]
-        assert len(holding) == self.scheduler.num_running
-        assert len(self.live) - len(holding) == self.scheduler.num_waiting
-
-    def run(self, limit: int = 10_000) -> None:
-        for _ in range(limit):
-            if not self.scheduler.has_work:
-                return
-            self.step()
-        raise AssertionError("the scheduler makes no progress")
 
 
 def test_one_sequence_runs_to_its_limit() -> None:
@@ -160,8 +74,7 @@ def test_deadlines_while_running_and_while_waiting() -> None:
     waiting = driver.add(request(2, deadline=2.0))
     while 1 in driver.live:
         driver.step()
-        for seq in driver.scheduler.expire(driver.now):
-            del driver.live[seq.uid]
+        driver.expire()
     tokens, reason = driver.done[1]
     assert (len(tokens), reason) == (4, FinishReason.TIME_LIMIT)
     assert waiting.uid not in driver.live

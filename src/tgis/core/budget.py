@@ -12,7 +12,7 @@ all sequences of a batch to the longest.
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import accumulate
@@ -56,15 +56,14 @@ class Room(Protocol):
 class Budget(Protocol):
     """The arithmetic of one kind of engine."""
 
-    def room(self, running: Iterable[Load]) -> Room:
+    def room(self, running: Sequence[Load]) -> Room:
         """What is left beside these."""
 
-    def may_add(self, num_running: int, num_waiting: int, num_steps: int, longest: int) -> bool:
+    def may_add(self, running: Sequence[Load], num_waiting: int, num_steps: int) -> bool:
         """Whether it is time to let waiting sequences join the running ones.
 
         Args:
             num_steps: since the last ones joined.
-            longest: most tokens that a running sequence may still generate.
         """
 
     def batch_tokens(self, lengths: Iterable[int]) -> int:
@@ -108,11 +107,11 @@ class PagedBudget:
         self.gradient = gradient
         self.prefill_gradient = prefill_gradient
 
-    def room(self, running: Iterable[Load]) -> "PagedRoom":
+    def room(self, running: Sequence[Load]) -> "PagedRoom":
         """See `Budget.room`."""
         return PagedRoom(self, running)
 
-    def may_add(self, num_running: int, num_waiting: int, num_steps: int, longest: int) -> bool:
+    def may_add(self, running: Sequence[Load], num_waiting: int, num_steps: int) -> bool:
         """Always: prompts are computed in chunks beside the running sequences."""
         return True
 
@@ -129,7 +128,7 @@ class PagedBudget:
 class PagedRoom:
     """See `Room`."""
 
-    def __init__(self, budget: PagedBudget, running: Iterable[Load]) -> None:
+    def __init__(self, budget: PagedBudget, running: Sequence[Load]) -> None:
         self._budget = budget
         horizon = budget.horizon
         # Longest remaining first: (-remaining, tokens).
@@ -238,20 +237,20 @@ class PaddedBudget:
         self.max_prefill_padding = max_prefill_padding
         self.max_waiting_tokens = max_waiting_tokens
 
-    def room(self, running: Iterable[Load]) -> "PaddedRoom":
+    def room(self, running: Sequence[Load]) -> "PaddedRoom":
         """See `Budget.room`."""
         return PaddedRoom(self, running)
 
-    def may_add(self, num_running: int, num_waiting: int, num_steps: int, longest: int) -> bool:
+    def may_add(self, running: Sequence[Load], num_waiting: int, num_steps: int) -> bool:
         """As many must wait as TGIS requires, and the batch must not be about to end."""
-        if num_running == 0:
+        if not running:
             return True
-        if longest < 2:
+        if max(load.remaining for load in running) < 2:
             return False
         patience = self.max_waiting_tokens
-        if num_running == 1 or num_steps >= patience:
+        if len(running) == 1 or num_steps >= patience:
             return True
-        return num_waiting >= max(1, num_running * (patience - num_steps) // patience)
+        return num_waiting >= max(1, len(running) * (patience - num_steps) // patience)
 
     def batch_tokens(self, lengths: Iterable[int]) -> int:
         """The longest counts for all."""
@@ -274,7 +273,7 @@ class PaddedBudget:
 class PaddedRoom:
     """See `Room`."""
 
-    def __init__(self, budget: PaddedBudget, running: Iterable[Load]) -> None:
+    def __init__(self, budget: PaddedBudget, running: Sequence[Load]) -> None:
         self._budget = budget
         model = budget.model
         self._loads = sorted((-remaining, tokens) for tokens, remaining in running)

@@ -16,7 +16,7 @@ DEFAULT_STEP_TOKENS = 512
 # Rows per running sequence: one more of each for the cache. They cost address space only.
 ROWS_PER_SEQUENCE = 2
 # Steps that admission looks ahead; see docs/batching.md for the comparison of policies.
-HORIZON_STEPS = 256
+HORIZON_STEPS = 64
 
 
 class Pool(NamedTuple):

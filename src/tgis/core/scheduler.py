@@ -59,6 +59,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, uid)
         self._steps_alone = 0  # since a sequence was admitted last
         self._counts = SchedulerCounts()
+        self._no_room = False  # for anybody who waits, until one comes or one leaves
         self._new: set[int] = set()  # added since the last step was planned
 
     @property
@@ -79,6 +80,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
         self._waiting[seq.uid] = seq
+        self._no_room = False
         self._new.add(seq.uid)
         self._note_deadline(seq)
 
@@ -91,6 +93,7 @@ class Scheduler:
         if seq.slot >= 0:
             del self._running[seq.uid]
             self._memory.close(seq, keep)
+            self._no_room = False
         else:
             del self._waiting[seq.uid]
 
@@ -133,7 +136,7 @@ class Scheduler:
                 budget -= _add_chunk(seq, budget, rows)
         self._new.clear()
         self._steps_alone += 1
-        if self._waiting and budget and num_preempted == self._counts.num_preempted:
+        if budget and self._may_admit() and num_preempted == self._counts.num_preempted:
             self._admit(budget, rows)
         return StepPlan(rows, self._memory.drain_copies())
 
@@ -166,12 +169,12 @@ class Scheduler:
 
     def gauges(self) -> Gauges:
         """The state of queue, batch and memory."""
-        lengths = [len(seq.token_ids) for seq in self._running.values()]
+        running = self._running.values()
         return Gauges(
             num_waiting=len(self._waiting),
-            num_running=len(lengths),
-            running_tokens=self._budget.batch_tokens(lengths),
-            remaining_tokens=self._longest_remaining(),
+            num_running=len(running),
+            running_tokens=self._budget.batch_tokens(len(seq.token_ids) for seq in running),
+            remaining_tokens=max((seq.num_remaining for seq in running), default=0),
             kv_tokens_used=self._memory.used,
             kv_tokens_total=self._memory.total,
         )
@@ -185,8 +188,8 @@ class Scheduler:
             return f"{memory.used} tokens used by nobody"
         return memory.check()
 
-    def _longest_remaining(self) -> int:
-        return max((seq.num_remaining for seq in self._running.values()), default=0)
+    def _may_admit(self) -> bool:
+        return bool(self._waiting) and len(self._running) < self._max_running and not self._no_room
 
     def _note_deadline(self, seq: Sequence) -> None:
         if seq.deadline != float("inf"):
@@ -226,22 +229,20 @@ class Scheduler:
         """Let waiting sequences in, in order; small ones may pass one that does not fit, but only
         for a while, so that nothing waits for ever.
         """
-        num_running = len(self._running)
-        if num_running >= self._max_running or not self._budget.may_add(
-            num_running, len(self._waiting), self._steps_alone, self._longest_remaining()
-        ):
+        running = [_load(seq) for seq in self._running.values()]
+        if not self._budget.may_add(running, len(self._waiting), self._steps_alone):
             return
-        room = self._budget.room([_load(seq) for seq in self._running.values()])
         admitted: list[Sequence] = []
-        for seq in self._fitting(room):
+        for seq in self._fitting(self._budget.room(running)):
             admitted.append(seq)
             budget -= _add_chunk(seq, budget, rows)
-            if not budget or num_running + len(admitted) >= self._max_running:
+            if not budget or len(running) + len(admitted) >= self._max_running:
                 break
         for seq in admitted:
             del self._waiting[seq.uid]
             self._running[seq.uid] = seq
             self._steps_alone = 0
+        self._no_room = not admitted
 
     def _fitting(self, room: Room) -> Iterator[Sequence]:
         """Waiting sequences for which there is room; each has its memory when it is yielded."""

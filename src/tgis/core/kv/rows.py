@@ -18,7 +18,7 @@ from tgis.core.sequence import Sequence
 from tgis.engines.plan import KvCopy
 
 # Shorter prefixes are not looked up; of a row taken over, a longer match counts to the token.
-RUN_TOKENS = 16
+RUN_TOKENS = 32
 
 
 @dataclass(slots=True, eq=False)
