@@ -1,12 +1,18 @@
 """What `config.json` may say, what its absences mean, and what is refused by name."""
 
+import copy
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.models.twins import CONFIGS
 
 from tgis.errors import ModelError
 from tgis.models.families import FAMILIES, read_spec
 from tgis.models.model_config import ModelConfig
+from tgis.models.rotary import rotary_table
 from tgis.models.spec import Alibi, DecoderSpec, Rotary
 
 LLAMA = {
@@ -148,3 +154,40 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 def test_every_type_belongs_to_one_family() -> None:
     for model_type, family in FAMILIES.items():
         assert model_type in family.model_types
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@st.composite
+def spoiled_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """A good configuration of some family with one value, perhaps an inner one, replaced."""
+    config = copy.deepcopy(draw(st.sampled_from(GOOD)))
+    place = config
+    key = draw(st.sampled_from(sorted(place)))
+    if isinstance(place[key], dict) and place[key] and draw(st.booleans()):
+        place = place[key]
+        key = draw(st.sampled_from(sorted(place)))
+    place[key] = draw(json_values | st.sampled_from([0, -1, 1, 0.0, 10**400, -0.5, 1e-300]))
+    return config
+
+
+GOOD = [json.loads(config.to_json_string()) for config in CONFIGS.values()]
+
+
+@settings(max_examples=400, deadline=None)
+@given(config=spoiled_configs())
+def test_any_value_is_read_or_refused(config: dict[str, Any]) -> None:
+    try:
+        spec, _ = read_spec(ModelConfig(config))
+    except ModelError as error:
+        assert "config.json" in str(error) or "model_type" in str(error)  # noqa: PT017
+        return
+    if isinstance(spec.positions, Rotary) and spec.positions.dim < 1000:
+        rotary_table(spec.positions, 5)

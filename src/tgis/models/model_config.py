@@ -42,19 +42,32 @@ class ModelConfig:
             raise ModelError(f"{self._where}: {' / '.join(names)} is missing")
         return default
 
-    def size(self, *names: str, default: Any = _REQUIRED) -> int:
-        """An integer of at least 1."""
+    def size(self, *names: str, default: Any = _REQUIRED, most: int = 2**31 - 1) -> int:
+        """An integer from 1 to `most`."""
         value = self.get(*names, default=default)
         if type(value) is not int or value < 1:
             raise self._wrong(names, value, "a positive integer")
+        if value > most:
+            raise self._wrong(names, value, f"at most {most}")
         return value
 
-    def number(self, *names: str, default: Any = _REQUIRED) -> float:
-        """An integer or a float."""
+    def number(self, *names: str, default: Any = _REQUIRED, above: float | None = None) -> float:
+        """A finite integer or float, greater than `above`."""
         value = self.get(*names, default=default)
-        if type(value) not in (int, float):
+        if type(value) not in (int, float) or not abs(value) < 1e30:
             raise self._wrong(names, value, "a number")
+        if above is not None and value <= above:
+            raise self._wrong(names, value, f"greater than {above:g}")
         return float(value)
+
+    def strings(self, *names: str) -> list[str] | None:
+        """A list of strings; None if absent."""
+        value = self.get(*names, default=None)
+        if value is not None and not (
+            isinstance(value, list) and all(isinstance(item, str) for item in value)
+        ):
+            raise self._wrong(names, value, "a list of strings")
+        return value
 
     def flag(self, *names: str, default: Any = _REQUIRED) -> bool:
         """A boolean."""
@@ -95,4 +108,4 @@ class ModelConfig:
 
     def _wrong(self, names: tuple[str, ...], value: object, wanted: str) -> ModelError:
         name = next((name for name in names if self.has(name)), names[0])
-        return ModelError(f"{self._where}: {name} = {value!r} is not {wanted}")
+        return ModelError(f"{self._where}: {name} = {value!r:.99} is not {wanted}")

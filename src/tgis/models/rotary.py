@@ -39,8 +39,9 @@ def read_rotary(config: ModelConfig, head_dim: int, fraction: float = 1.0) -> Ro
         )
     kind = KINDS[name]
     trained = config.size("max_position_embeddings", default=2048)
-    parameters = {key: rope.number(key) for key in kind.required}
-    parameters |= {key: rope.number(key, default=value) for key, value in kind.optional.items()}
+    parameters = {key: rope.number(key, above=0) for key in kind.required}
+    for key, value in kind.optional.items():
+        parameters[key] = rope.number(key, above=0) if rope.has(key) else value
     if kind.original:
         inside = rope.size("original_max_position_embeddings", default=trained)
         trained = config.size("original_max_position_embeddings", default=inside)
@@ -51,9 +52,10 @@ def read_rotary(config: ModelConfig, head_dim: int, fraction: float = 1.0) -> Ro
     dim += dim % 2
     if not 2 <= dim <= head_dim:
         raise ModelError(f"config.json: rotary positions on {dim} of {head_dim} values of a head")
-    theta = config.number("rope_theta", "rotary_emb_base", default=10_000.0)
+    theta = config.number("rope_theta", "rotary_emb_base", default=10_000.0, above=1)
     lists = {key: _factors(rope, key, dim // 2) for key in kind.lists}
-    return Rotary(dim, rope.number("rope_theta", default=theta), name, parameters, lists, trained)
+    theta = rope.number("rope_theta", default=theta, above=1)
+    return Rotary(dim, theta, name, parameters, lists, trained)
 
 
 def rotary_table(rotary: Rotary, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +75,8 @@ def max_positions(rotary: Rotary) -> int | None:
 
 def _factors(rope: ModelConfig, key: str, count: int) -> tuple[float, ...]:
     values = rope.get(key)
-    if not isinstance(values, list) or len(values) != count:
+    good = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    if not good or len(values) != count:
         raise ModelError(f"config.json: {key} must list {count} numbers")
     return tuple(float(value) for value in values)
 

@@ -27,7 +27,7 @@ def hidden_size(config: ModelConfig) -> int:
 
 def num_layers(config: ModelConfig) -> int:
     """Number of blocks."""
-    return config.size("num_hidden_layers", "n_layer", "n_layers")
+    return config.size("num_hidden_layers", "n_layer", "n_layers", most=10_000)
 
 
 def heads(config: ModelConfig, num_kv_heads: int | None = None) -> tuple[int, int, int]:
@@ -63,7 +63,7 @@ def _head_dim(config: ModelConfig, num_heads: int) -> int:
 
 def layer_norm(config: ModelConfig, bias: bool = True) -> Norm:
     """Layer norm with the configuration's epsilon."""
-    eps = config.number("layer_norm_epsilon", "layer_norm_eps", default=1e-5)
+    eps = config.number("layer_norm_epsilon", "layer_norm_eps", default=1e-5, above=0)
     return Norm("layer", eps=eps, bias=bias)
 
 
@@ -72,8 +72,8 @@ def sliding_windows(config: ModelConfig, num_layers: int) -> tuple[int | None, .
     if not config.flag("use_sliding_window", default=False) or not config.has("sliding_window"):
         return ()
     window = config.size("sliding_window")
-    first = config.get("max_window_layers", default=num_layers)
-    kinds = config.get("layer_types", default=None) or [
+    first = config.number("max_window_layers", default=num_layers)
+    kinds = config.strings("layer_types") or [
         "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
     ]
     if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:

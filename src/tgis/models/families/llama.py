@@ -45,7 +45,7 @@ def read_llama(config: ModelConfig) -> DecoderSpec:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=config.size("intermediate_size"),
-        norm=Norm("rms", eps=config.number("rms_norm_eps", default=1e-6)),
+        norm=Norm("rms", eps=config.number("rms_norm_eps", default=1e-6, above=0)),
         positions=rotary,
         max_positions=max_positions(rotary),
         qkv_bias=attention_bias,
@@ -84,7 +84,7 @@ def read_granite(config: ModelConfig) -> DecoderSpec:
         attention_scale=config.number("attention_multiplier", default=1.0),
         embedding_multiplier=config.number("embedding_multiplier", default=1.0),
         residual_multiplier=config.number("residual_multiplier", default=1.0),
-        logits_multiplier=1.0 / config.number("logits_scaling", default=1.0),
+        logits_multiplier=1.0 / config.number("logits_scaling", default=1.0, above=0),
     )
 
 
@@ -100,7 +100,9 @@ def read_gemma(config: ModelConfig) -> DecoderSpec:
         spec,
         family="gemma",
         norm=replace(spec.norm, weight_offset=1.0),
-        activation=config.choice(GEMMA_ACTIVATIONS, "hidden_activation", "hidden_act"),
+        activation=config.choice(
+            GEMMA_ACTIVATIONS, "hidden_activation", "hidden_act", default="gelu"
+        ),
         embedding_multiplier=spec.hidden_size**0.5,
         tied_head=config.flag("tie_word_embeddings", default=True),
     )

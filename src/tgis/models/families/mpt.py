@@ -43,12 +43,12 @@ def read_mpt(config: ModelConfig) -> DecoderSpec:
         head_dim=head_dim,
         intermediate_size=config.size("expansion_ratio", default=4) * hidden_size(config),
         norm=layer_norm(config, bias=False),
-        positions=Alibi(max_bias=attention.number("alibi_bias_max", default=8)),
+        positions=Alibi(max_bias=attention.number("alibi_bias_max", default=8, above=0)),
         max_positions=None,
         attention_scale=(
             attention.number("softmax_scale") if attention.has("softmax_scale") else None
         ),
-        qkv_clip=attention.number("clip_qkv") if attention.has("clip_qkv") else None,
+        qkv_clip=attention.number("clip_qkv", above=0) if attention.has("clip_qkv") else None,
         activation="gelu",
         gated_mlp=False,
         tied_head=config.flag("tie_word_embeddings", default=True),
