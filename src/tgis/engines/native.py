@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tgis.engines.base import CacheShape, EngineCaps
-from tgis.engines.plan import Row, StepPlan, Want
+from tgis.engines.plan import StepPlan
 from tgis.errors import ConfigError
 from tgis.hub.safetensors import Progress, open_checkpoint
 from tgis.models import kernels
@@ -109,8 +109,8 @@ class NativeEngine:
             self._cache.copy(copy.source, copy.target, copy.num_tokens)
         tokens = NewTokens()
         for row in plan.rows:
-            tokens.add(row.slot, row.token_ids, row.start, _num_logits(row))
-        with _allocations():
+            tokens.add(row.slot, row.token_ids, row.start, row.num_logits)
+        with allocations():
             return self._decoder.forward(tokens.inputs(self._rotary), self._cache)
 
     def release(self, slots: Sequence[int]) -> None:
@@ -125,7 +125,7 @@ class NativeEngine:
 
 
 @contextmanager
-def _allocations() -> Iterator[None]:
+def allocations() -> Iterator[None]:
     """Turn torch's error for a failed allocation, a plain RuntimeError, into a MemoryError."""
     try:
         yield
@@ -134,10 +134,6 @@ def _allocations() -> Iterator[None]:
         if not found:
             raise
         raise MemoryError(f"no memory for a step: {size}") from error
-
-
-def _num_logits(row: Row) -> int:
-    return {Want.NOTHING: 0, Want.LAST: 1, Want.ALL: len(row.token_ids)}[row.want]
 
 
 def _kv_bytes_per_token(spec: DecoderSpec, dtype: torch.dtype) -> int:

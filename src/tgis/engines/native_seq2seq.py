@@ -1,0 +1,128 @@
+"""The native engine for encoder-decoder models of T5's kind."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgis.engines.base import CacheShape, EngineCaps
+from tgis.engines.native import allocations
+from tgis.engines.plan import Row, StepPlan
+from tgis.hub.safetensors import Progress, open_checkpoint
+from tgis.models import kernels
+from tgis.models.families.t5 import read_seq2seq_spec
+from tgis.models.inputs import NewTokens
+from tgis.models.kv_cache import RowsCache, page_tokens
+from tgis.models.model_config import ModelConfig
+from tgis.models.parallel import Shard
+from tgis.models.seq2seq import Caches, Seq2Seq
+from tgis.models.seq2seq_weights import Seq2SeqWeights
+from tgis.types import ModelKind
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    model_dir: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> "NativeSeq2SeqEngine":
+    """Load an encoder-decoder model of a known family.
+
+    Args:
+        model_dir: holds the safetensors files.
+        config: the model's `config.json`.
+        dtype: of weights, arithmetic and cache.
+        progress: told of bytes loaded and bytes in all.
+
+    Raises:
+        ModelError: the family or an option of it is not supported, or the files are wrong.
+    """
+    log.info("%s", kernels.describe())
+    model_config = ModelConfig(config)
+    model_config.require("quantization_config", None)
+    spec = read_seq2seq_spec(model_config)
+    checkpoint = open_checkpoint(model_dir, progress)
+    try:
+        weights = Seq2SeqWeights(checkpoint, spec, Shard(), dtype)
+        return NativeSeq2SeqEngine(Seq2Seq(spec, weights, dtype))
+    finally:
+        checkpoint.close()
+
+
+class NativeSeq2SeqEngine:
+    """An encoder-decoder network and its caches.
+
+    A row that starts at position 0 carries the input in `encoder_ids`; it is encoded in that step.
+    """
+
+    def __init__(self, network: Seq2Seq) -> None:
+        spec = network.spec
+        self._network = network
+        self._caches: Caches | None = None
+        self._encoder_len: dict[int, int] = {}  # by slot
+        self.caps = EngineCaps(
+            name="tgis_native",
+            kind=ModelKind.ENCODER_DECODER,
+            kv_layout="rows",
+            chunked_prefill=True,
+            vocab_size=spec.vocab_size,
+            max_positions=None,
+            kv_bytes_per_token=2
+            * spec.num_decoder_layers
+            * spec.num_heads
+            * spec.head_dim
+            * network.dtype.itemsize,
+            dtype=str(network.dtype).removeprefix("torch."),
+            kv_granule=page_tokens(spec.head_dim, network.dtype),
+        )
+
+    def allocate(self, shape: CacheShape) -> None:
+        """See `Engine.allocate`; inputs and outputs have rows of their own, each of full length."""
+        self._caches = Caches(self._rows(shape), self._rows(shape))
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> Tensor:
+        """See `Engine.forward`."""
+        assert self._caches is not None, "allocate comes before forward"
+        assert not plan.copies, "what a decoder has computed depends on its input"
+        with allocations():
+            self._encode([row for row in plan.rows if row.start == 0], self._caches)
+            tokens = NewTokens()
+            for row in plan.rows:
+                tokens.add(row.slot, row.token_ids, row.start, row.num_logits)
+            lengths = [self._encoder_len[row.slot] for row in plan.rows]
+            encoder_len = torch.tensor(lengths, dtype=torch.int32)
+            return self._network.decode(tokens.inputs(None), encoder_len, self._caches)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """See `Engine.release`."""
+        if self._caches is not None:
+            self._caches.own.release(slots)
+            self._caches.cross.release(slots)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._caches = None
+
+    def _encode(self, rows: list[Row], caches: Caches) -> None:
+        if not rows:
+            return
+        inputs = [row.encoder_ids or [] for row in rows]
+        self._network.encode([row.slot for row in rows], inputs, caches)
+        self._encoder_len |= {row.slot: len(ids) for row, ids in zip(rows, inputs, strict=True)}
+
+    def _rows(self, shape: CacheShape) -> RowsCache:
+        spec = self._network.spec
+        return RowsCache(
+            num_layers=spec.num_decoder_layers,
+            num_slots=shape.num_slots,
+            num_kv_heads=spec.num_heads,
+            slot_tokens=shape.slot_tokens,
+            head_dim=spec.head_dim,
+            dtype=self._network.dtype,
+        )

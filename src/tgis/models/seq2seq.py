@@ -1,0 +1,220 @@
+"""The encoder-decoder network of T5's kind, built from a `Seq2SeqSpec`.
+
+Both stacks run over flat batches [T, hidden] without padding, as the decoder-only network does. The
+encoder runs once per sequence; what the decoder's cross attention reads of it is kept in rows of a
+cache of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tgis.models.attention.rows import operators
+from tgis.models.inputs import NewTokens, StepInputs
+from tgis.models.kv_cache import LayerCache, RowsCache
+from tgis.models.relative_bias import bias_table
+from tgis.models.seq2seq_spec import Seq2SeqSpec
+from tgis.models.seq2seq_weights import Seq2SeqWeights
+from tgis.quant.linear import Linear
+
+_HALF_MAX = torch.finfo(torch.float16).max - 1000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Caches:
+    """Keys and values of decoder tokens, and those that cross attention reads of the encoder's."""
+
+    own: RowsCache
+    cross: RowsCache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    norm: Tensor
+    qkv: Linear
+    out: Linear
+    mlp_norm: Tensor
+    mlp_in: Linear
+    mlp_out: Linear
+    cross: "_Cross | None" = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cross:
+    norm: Tensor
+    q: Linear
+    kv: Linear
+    out: Linear
+
+
+class _Scratch(NamedTuple):
+    """Keys and values [sequences, heads, longest, head_dim] that nobody needs after a layer."""
+
+    k: Tensor
+    v: Tensor
+
+
+AnyCache = LayerCache | _Scratch
+
+
+class Seq2Seq:
+    """A loaded network: `encode` once per sequence, then `decode` step by step."""
+
+    def __init__(self, spec: Seq2SeqSpec, weights: Seq2SeqWeights, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self._ops = operators(dtype)
+        self._embedding = weights.embedding()
+        self._head = weights.head(self._embedding)
+        self._encoder = [
+            _load_block(weights, f"encoder.block.{i}") for i in range(spec.num_encoder_layers)
+        ]
+        self._decoder = [
+            _load_block(weights, f"decoder.block.{i}") for i in range(spec.num_decoder_layers)
+        ]
+        table = partial(bias_table, max_distance=spec.max_distance)
+        self._encoder_bias = table(weights.relative_bias("encoder"), bidirectional=True)
+        self._decoder_bias = table(weights.relative_bias("decoder"), bidirectional=False)
+        self._encoder_norm = weights.norm("encoder.final_layer_norm")
+        self._decoder_norm = weights.norm("decoder.final_layer_norm")
+        self._num_heads = len(self._encoder_bias)
+        weights.finish()
+
+    def encode(self, slots: Sequence[int], inputs: Sequence[Sequence[int]], caches: Caches) -> None:
+        """Read whole inputs and keep what the decoder will want of each in its slot."""
+        tokens, here = NewTokens(), NewTokens()
+        for row, (slot, ids) in enumerate(zip(slots, inputs, strict=True)):
+            here.add(row, ids, 0, 0)
+            tokens.add(slot, ids, 0, 0)
+        states = self._encoder_states(here.inputs(None), max(map(len, inputs)))
+        kept = tokens.inputs(None)
+        for block, cache in zip(self._decoder, caches.cross.layers, strict=True):
+            assert block.cross is not None
+            self._store(block.cross.kv(states), cache, kept, num_heads=0)
+
+    def decode(self, inputs: StepInputs, encoder_len: Tensor, caches: Caches) -> Tensor:
+        """Compute one step of the decoder and extend its cache.
+
+        Args:
+            encoder_len: int32 [S], tokens of each sequence's input.
+
+        Returns:
+            Logits after the tokens `inputs.logits_index`, float32 [N, vocab].
+        """
+        stream = functional.embedding(inputs.token_ids, self._embedding)
+        addition: Tensor | None = None
+        layers = zip(self._decoder, caches.own.layers, caches.cross.layers, strict=True)
+        for block, own, cross in layers:
+            x = self._norm(stream, block.norm, addition)
+            q = self._store(block.qkv(x), own, inputs, self._num_heads)
+            bias = self._decoder_bias
+            attended = block.out(self._attend(q, own, inputs, inputs.kv_len, bias, causal=True))
+            assert block.cross is not None
+            x = self._norm(stream, block.cross.norm, attended)
+            q = block.cross.q(x).view(q.shape)
+            attended = block.cross.out(self._attend(q, cross, inputs, encoder_len, None, False))
+            addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended))
+        return self._logits(stream, addition, inputs.logits_index)
+
+    def _encoder_states(self, inputs: StepInputs, longest: int) -> Tensor:
+        """[T, hidden] of whole inputs, which lie in slots 0, 1, ... of a scratch cache."""
+        shape = (len(inputs.slots), self._num_heads, longest, self.spec.head_dim)
+        scratch = _Scratch(*(torch.empty(shape, dtype=self.dtype) for _ in range(2)))
+        stream = functional.embedding(inputs.token_ids, self._embedding)
+        addition: Tensor | None = None
+        for block in self._encoder:
+            x = self._norm(stream, block.norm, addition)
+            q = self._store(block.qkv(x), scratch, inputs, self._num_heads)
+            attended = block.out(
+                self._attend(q, scratch, inputs, inputs.kv_len, self._encoder_bias, causal=False)
+            )
+            addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended))
+        return self._norm(stream, self._encoder_norm, addition)
+
+    def _norm(self, stream: Tensor, weight: Tensor, addition: Tensor | None) -> Tensor:
+        """Norm of stream + addition, which the stream becomes."""
+        y: Tensor
+        if addition is not None and self.dtype == torch.float16:
+            stream.add_(addition).clamp_(-_HALF_MAX, _HALF_MAX)
+            addition = None
+        if addition is None:
+            y = self._ops.rms_norm(stream, weight, self.spec.norm_eps)
+        else:
+            y = self._ops.rms_norm(addition, weight, self.spec.norm_eps, residual=stream)
+        return y
+
+    def _store(self, qkv: Tensor, cache: AnyCache, inputs: StepInputs, num_heads: int) -> Tensor:
+        q: Tensor = self._ops.rope_store(
+            qkv,
+            None,
+            None,
+            cache.k,
+            cache.v,
+            inputs.token_slot,
+            inputs.positions,
+            num_heads,
+            self._num_heads,
+        )
+        return q
+
+    def _attend(
+        self,
+        q: Tensor,
+        cache: AnyCache,
+        inputs: StepInputs,
+        kv_len: Tensor,
+        bias: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        """Attention without a scale, as T5 has it."""
+        out: Tensor = self._ops.attention(
+            q, cache.k, cache.v, inputs.slots, inputs.q_start, kv_len, 1.0, bias=bias, causal=causal
+        )
+        return out
+
+    def _mlp(self, block: _Block, x: Tensor) -> Tensor:
+        activate = self._ops.act_mul if self.spec.gated_mlp else self._ops.act
+        inner: Tensor = activate(block.mlp_in(x), self.spec.activation)
+        return block.mlp_out(inner.float()).to(self.dtype)
+
+    def _logits(self, stream: Tensor, addition: Tensor | None, index: Tensor) -> Tensor:
+        if not len(index):
+            return torch.empty(0, self.spec.vocab_size)
+        if len(index) < len(stream):
+            stream = stream.index_select(0, index)
+            addition = None if addition is None else addition.index_select(0, index)
+        x = self._norm(stream, self._decoder_norm, addition)
+        if self.spec.scaled_logits:
+            x = x * self.spec.hidden_size**-0.5
+        return self._head(x).float()
+
+
+def _load_block(weights: Seq2SeqWeights, block: str) -> _Block:
+    """A block of the encoder, or one of the decoder with its cross attention."""
+    is_decoder = block.startswith("decoder")
+    attention = f"{block}.layer.0.SelfAttention"
+    last = f"{block}.layer.{2 if is_decoder else 1}"
+    return _Block(
+        norm=weights.norm(f"{block}.layer.0.layer_norm"),
+        qkv=weights.projection(attention, "qkv"),
+        out=weights.attention_out(attention),
+        cross=_load_cross(weights, f"{block}.layer.1") if is_decoder else None,
+        mlp_norm=weights.norm(f"{last}.layer_norm"),
+        mlp_in=weights.mlp_in(f"{last}.DenseReluDense"),
+        mlp_out=weights.mlp_out(f"{last}.DenseReluDense"),
+    )
+
+
+def _load_cross(weights: Seq2SeqWeights, layer: str) -> _Cross:
+    attention = f"{layer}.EncDecAttention"
+    return _Cross(
+        norm=weights.norm(f"{layer}.layer_norm"),
+        q=weights.projection(attention, "q"),
+        kv=weights.projection(attention, "kv"),
+        out=weights.attention_out(attention),
+    )

@@ -1,0 +1,127 @@
+"""Parameters of an encoder-decoder network, by the names of T5's checkpoints."""
+
+import torch
+from torch import Tensor
+
+from tgis.errors import ModelError
+from tgis.hub.safetensors import Checkpoint
+from tgis.models.packing import make_linear
+from tgis.models.parallel import Shard
+from tgis.models.seq2seq_spec import Seq2SeqSpec
+from tgis.quant.linear import Linear, LinearSource, Piece, load_linear
+
+_EMBEDDINGS = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+# Old checkpoints keep a bias that cross attention never uses.
+_IGNORED = (
+    *(f"{name}.weight" for name in _EMBEDDINGS),
+    "lm_head.weight",
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+)
+
+
+class Seq2SeqWeights:
+    """Loads one parameter after the other.
+
+    `block` below is a block's place in the checkpoint, such as `decoder.block.3`.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, spec: Seq2SeqSpec, shard: Shard, dtype: torch.dtype
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._spec = spec
+        self._shard = shard
+        self._dtype = dtype
+        first, last = shard.even(spec.num_heads, "num_heads")
+        self._head_rows = (first * spec.head_dim, last * spec.head_dim)
+        self._heads = slice(first, last)
+
+    def embedding(self) -> Tensor:
+        """Token embeddings [vocab, hidden], shared by encoder and decoder."""
+        stored = [name for name in _EMBEDDINGS if f"{name}.weight" in self._checkpoint]
+        name = stored[0] if stored else "lm_head" if self._has_head() else _EMBEDDINGS[0]
+        return self._tensor(f"{name}.weight", self._vocab_shape())
+
+    def head(self, embedding: Tensor) -> Linear:
+        """hidden -> logits; the embeddings' weight where no other is stored."""
+        if not self._has_head():
+            return make_linear(embedding)
+        piece = Piece("lm_head", self._vocab_shape(), ((0, self._spec.vocab_size),), self._hidden())
+        return self._linear((piece,))
+
+    def norm(self, name: str) -> Tensor:
+        """Weight [hidden] of a norm."""
+        return self._tensor(f"{name}.weight", (self._spec.hidden_size,))
+
+    def relative_bias(self, stack: str) -> Tensor:
+        """float32 [buckets, this rank's heads] of `encoder` or `decoder`."""
+        name = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        shape = (self._spec.num_buckets, self._spec.num_heads)
+        with self._checkpoint.tensor(name, shape) as stored:
+            return stored[:, self._heads].to(torch.float32, copy=True)
+
+    def projection(self, attention: str, parts: str) -> Linear:
+        """hidden -> this rank's heads of `parts`, such as "qkv" or "kv", one after the other."""
+        inner = self._spec.num_heads * self._spec.head_dim
+        shape = (inner, self._spec.hidden_size)
+        return self._linear(
+            tuple(
+                Piece(f"{attention}.{part}", shape, (self._head_rows,), self._hidden())
+                for part in parts
+            )
+        )
+
+    def attention_out(self, attention: str) -> Linear:
+        """This rank's heads -> its part of the sum over ranks."""
+        spec = self._spec
+        shape = (spec.hidden_size, spec.num_heads * spec.head_dim)
+        return self._linear((Piece(f"{attention}.o", shape, (self._hidden(),), self._head_rows),))
+
+    def mlp_in(self, mlp: str) -> Linear:
+        """hidden -> this rank's gate (where there is one) and inner values."""
+        rows = self._shard.even(self._spec.intermediate_size, "d_ff")
+        shape = (self._spec.intermediate_size, self._spec.hidden_size)
+        names = ("wi_0", "wi_1") if self._spec.gated_mlp else ("wi",)
+        return self._linear(
+            tuple(Piece(f"{mlp}.{name}", shape, (rows,), self._hidden()) for name in names)
+        )
+
+    def mlp_out(self, mlp: str) -> Linear:
+        """This rank's inner values -> its part of the sum, float32 throughout.
+
+        T5's inner values grow so large that 16 bits lose what matters.
+        """
+        columns = self._shard.even(self._spec.intermediate_size, "d_ff")
+        shape = (self._spec.hidden_size, self._spec.intermediate_size)
+        piece = Piece(f"{mlp}.wo", shape, (self._hidden(),), columns)
+        return self._linear((piece,), torch.float32)
+
+    def finish(self) -> None:
+        """Check that nothing is left over.
+
+        Raises:
+            ModelError: the checkpoint has tensors that the network does not.
+        """
+        extra = [name for name in self._checkpoint.untaken() if name not in _IGNORED]
+        if extra:
+            raise ModelError(
+                f"{len(extra)} tensors of the checkpoint have no place in a {self._spec.family}"
+                f" network of this config.json: {', '.join(extra[:5])}"
+            )
+
+    def _has_head(self) -> bool:
+        return "lm_head.weight" in self._checkpoint
+
+    def _vocab_shape(self) -> tuple[int, int]:
+        return (self._spec.vocab_size, self._spec.hidden_size)
+
+    def _hidden(self) -> tuple[int, int]:
+        return (0, self._spec.hidden_size)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        with self._checkpoint.tensor(name, shape) as stored:
+            return stored.to(self._dtype, copy=True)
+
+    def _linear(self, pieces: tuple[Piece, ...], dtype: torch.dtype | None = None) -> Linear:
+        source = LinearSource(pieces, has_bias=False)
+        return load_linear(self._checkpoint, source, dtype or self._dtype, make_linear)
