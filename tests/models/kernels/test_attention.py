@@ -109,6 +109,15 @@ def test_a_sequence_does_not_depend_on_its_neighbours(native, dtype, generator, 
     assert torch.equal(together, native.attention(q[8:], k, v, slots, q_start, kv_len, 0.1))
 
 
+def test_threads_do_not_change_results(native, dtype, generator, threads) -> None:
+    k, v = caches(2, 64, dtype, generator)
+    slots, q_start, kv_len = batch([*MIXED, *DECODE])
+    q = torch.randn((int(q_start[-1]), 6, 64), generator=generator).to(dtype)
+    alone = native.attention(q, k, v, slots, q_start, kv_len, 0.1)
+    threads(3)
+    assert torch.equal(alone, native.attention(q, k, v, slots, q_start, kv_len, 0.1))
+
+
 def test_memory_beyond_a_length_is_not_read(native, dtype, generator) -> None:
     k, v = caches(2, 80, dtype, generator)
     slots, q_start, kv_len = batch([(1, 13), (5, 290)])
@@ -138,12 +147,13 @@ def test_indices_outside_are_refused(native, generator, slots, q_start, kv_len) 
         native.attention(torch.zeros(1, 2, 16), k, v, *indices, 1.0)
 
 
-ROTATIONS = ["none", "half", "interleaved"]
+@pytest.mark.parametrize("rotation", ["none", "half", "interleaved"])
+def test_rope_store(native, dtype, generator, rotation) -> None:
+    for heads, head_dim in [*SHAPES, ((0, 3), 64)]:
+        check_rope_store(native, dtype, generator, heads, head_dim, rotation)
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [*SHAPES, ((0, 3), 64)], ids=str)
-@pytest.mark.parametrize("rotation", ROTATIONS)
-def test_rope_store(native, dtype, generator, heads, head_dim, rotation) -> None:
+def check_rope_store(native, dtype, generator, heads, head_dim, rotation) -> None:
     tokens, half = 7, head_dim // 4 if rotation == "interleaved" else head_dim // 2
     k, v = caches(heads[1], head_dim, dtype, generator, slot_tokens=20)
     twin_k, twin_v = k.clone(), v.clone()

@@ -65,6 +65,15 @@ def test_a_row_does_not_depend_on_its_neighbours(bound, generator, make_layer) -
         assert torch.equal(together[row : row + 1], layer(x[row : row + 1]))
 
 
+def test_threads_do_not_change_results(bound, generator, threads) -> None:
+    x, weight, bias = make((1024, 256), 40, generator)
+    layers = [bound.bf16_linear(weight, bias), bound.int8_linear(weight, bias)]
+    alone = [layer(x) for layer in layers]
+    threads(3)
+    for layer, expected in zip(layers, alone, strict=True):
+        assert torch.equal(layer(x), expected)
+
+
 def test_wrong_rows_are_refused(bound, generator) -> None:
     x, weight, bias = make((64, 64), 4, generator)
     layer = bound.bf16_linear(weight, bias)

@@ -18,30 +18,30 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 SHAPES = [(0, 8), (1, 1), (1, 15), (3, 16), (5, 100), (33, 768)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_rms_norm(native, dtype, generator, shape, with_residual) -> None:
-    x = torch.randn(shape, generator=generator).to(dtype)
-    weight = torch.randn(shape[1], generator=generator).to(dtype)
-    residual = torch.randn(shape, generator=generator).to(dtype) if with_residual else None
-    twin = None if residual is None else residual.clone()
-    actual = native.rms_norm(x, weight, 1e-6, residual)
-    close(actual, reference.rms_norm(x, weight, 1e-6, twin))
-    if residual is not None:
-        assert torch.equal(residual, twin)
+def test_rms_norm(native, dtype, generator, with_residual) -> None:
+    for shape in SHAPES:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        weight = torch.randn(shape[1], generator=generator).to(dtype)
+        residual = torch.randn(shape, generator=generator).to(dtype) if with_residual else None
+        twin = None if residual is None else residual.clone()
+        actual = native.rms_norm(x, weight, 1e-6, residual)
+        close(actual, reference.rms_norm(x, weight, 1e-6, twin))
+        if residual is not None:
+            assert torch.equal(residual, twin)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("parts", ["", "w", "wb", "b"])
-def test_layer_norm(native, dtype, generator, shape, parts) -> None:
-    x = (torch.randn(shape, generator=generator) + 3).to(dtype)
-    weight = torch.randn(shape[1], generator=generator).to(dtype) if "w" in parts else None
-    bias = torch.randn(shape[1], generator=generator).to(dtype) if "b" in parts else None
-    residual = torch.randn(shape, generator=generator).to(dtype)
-    twin = residual.clone()
-    actual = native.layer_norm(x, weight, bias, 1e-5, residual)
-    close(actual, reference.layer_norm(x, weight, bias, 1e-5, twin))
-    assert torch.equal(residual, twin)
+def test_layer_norm(native, dtype, generator, parts) -> None:
+    for shape in SHAPES:
+        x = (torch.randn(shape, generator=generator) + 3).to(dtype)
+        weight = torch.randn(shape[1], generator=generator).to(dtype) if "w" in parts else None
+        bias = torch.randn(shape[1], generator=generator).to(dtype) if "b" in parts else None
+        residual = torch.randn(shape, generator=generator).to(dtype)
+        twin = residual.clone()
+        actual = native.layer_norm(x, weight, bias, 1e-5, residual)
+        close(actual, reference.layer_norm(x, weight, bias, 1e-5, twin))
+        assert torch.equal(residual, twin)
 
 
 def test_norm_reads_rows_that_lie_apart(native, dtype, generator) -> None:
@@ -51,12 +51,12 @@ def test_norm_reads_rows_that_lie_apart(native, dtype, generator) -> None:
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (1, 2048), (3, 20), (9, 1000)], ids=str)
-def test_activations(native, dtype, generator, activation, shape) -> None:
-    x = (torch.randn((shape[0], 2 * shape[1]), generator=generator) * 4).to(dtype)
-    close(native.act_mul(x, activation), reference.act_mul(x, activation))
-    half = x[:, : shape[1]]
-    close(native.act(half, activation), reference.act(half, activation))
+def test_activations(native, dtype, generator, activation) -> None:
+    for rows, cols in [(0, 8), (1, 1), (1, 2048), (3, 20), (9, 1000)]:
+        x = (torch.randn((rows, 2 * cols), generator=generator) * 4).to(dtype)
+        close(native.act_mul(x, activation), reference.act_mul(x, activation))
+        half = x[:, :cols]
+        close(native.act(half, activation), reference.act(half, activation))
 
 
 def test_activations_at_the_ends_of_the_range(native, dtype) -> None:
@@ -128,3 +128,19 @@ def test_argmax_of_odd_rows(native, dtype) -> None:
     assert native.argmax(x).tolist() == [0, 39, 38, 21, 5]
     with pytest.raises(ValueError, match="columns"):
         native.argmax(x[:, :0])
+
+
+def test_threads_do_not_change_results(native, dtype, generator, threads) -> None:
+    x = torch.randn((50, 2 * 1024), generator=generator).to(dtype)
+    weight = torch.randn(2048, generator=generator).to(dtype)
+
+    def results() -> list[torch.Tensor]:
+        residual = x.clone()
+        normed = native.rms_norm(x, weight, 1e-6, residual)
+        rows = native.quantize_rows(x)
+        return [normed, residual, native.act_mul(x, "silu"), *rows, native.argmax(x)]
+
+    alone = results()
+    threads(3)
+    for one, three in zip(alone, results(), strict=True):
+        assert torch.equal(one, three)
