@@ -11,10 +11,12 @@ from tgis.core.link import FrontLink
 from tgis.core.loop import Core, Pulse
 from tgis.core.pool import make_pool
 from tgis.core.scheduler import Scheduler
+from tgis.core.sequence import Opening, decoder_only, encoder_decoder
 from tgis.core.threads import choose_threads
 from tgis.engines.registry import load_engine
+from tgis.errors import ModelError
 from tgis.sampling import Sampler
-from tgis.types import ModelInfo
+from tgis.types import ModelFiles, ModelInfo, ModelKind
 
 log = logging.getLogger(__name__)
 
@@ -59,4 +61,12 @@ def assemble(
         kv_tokens=pool.memory.total,
         max_running=pool.max_running,
     )
-    return Core(engine, sampler, scheduler, link, pulse), model
+    return Core(engine, sampler, scheduler, link, pulse, opening=_opening(files)), model
+
+
+def _opening(files: ModelFiles) -> Opening:
+    if files.kind is ModelKind.DECODER_ONLY:
+        return decoder_only
+    if files.decoder_start_token_id is None:
+        raise ModelError(f"Model {files.name}: config.json has no decoder_start_token_id")
+    return encoder_decoder(files.decoder_start_token_id)

@@ -14,7 +14,7 @@ import torch
 from tgis.core import runner
 from tgis.core.link import FrontLink
 from tgis.core.scheduler import Scheduler
-from tgis.core.sequence import Sequence
+from tgis.core.sequence import Opening, Sequence, decoder_only
 from tgis.engines.base import Engine
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.sampling import Choice, Sampler, input_details
@@ -59,6 +59,7 @@ class Core:
         engine: the loaded model, its cache allocated.
         pulse: what the heartbeat reads.
         clock: CLOCK_MONOTONIC seconds; replaced in tests.
+        opening: how sequences begin.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Core:
         link: FrontLink,
         pulse: Pulse,
         clock: Clock = time.monotonic,
+        opening: Opening = decoder_only,
     ) -> None:
         self._engine = engine
         self._sampler = sampler
         self._scheduler = scheduler
         self._link = link
         self._pulse = pulse
+        self._opening = opening
         self._clock = clock
         self._sequences: dict[tuple[int, int], Sequence] = {}  # (client, seq_id)
         self._by_uid: dict[int, Sequence] = {}
@@ -123,10 +126,10 @@ class Core:
                     self._drop(seq)
 
     def _add(self, client: int, request: Add) -> None:
-        seq = Sequence.of(self._next_uid, request, client)
+        seq = Sequence.of(self._next_uid, request, client, self._opening)
         self._next_uid += 1
         try:
-            self._sampler.add(seq.uid, request.sampling, request.details, request.token_ids)
+            self._sampler.add(seq.uid, request.sampling, request.details, seq.token_ids)
         except Exception as error:
             log.exception("a sequence could not be added")
             failed = Failed(request.seq_id, FailureKind.GENERATION, type(error).__name__)
@@ -230,7 +233,7 @@ class Core:
         for row in rows:
             seq = self._by_uid[row.seq_id]
             self._scheduler.account(seq, row)
-            num_logits = _num_logits(row)
+            num_logits = row.num_logits
             if row.want is Want.ALL:
                 self._note_inputs(seq, row, logits[offset : offset + num_logits])
             offset += num_logits
@@ -279,7 +282,3 @@ class Core:
         for client, box in self._outboxes.items():
             self._link.send(client, Out(box.tokens, box.inputs, box.started, box.stats, gauges))
         self._outboxes.clear()
-
-
-def _num_logits(row: Row) -> int:
-    return len(row.token_ids) if row.want is Want.ALL else int(row.want is Want.LAST)

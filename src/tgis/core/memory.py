@@ -12,6 +12,7 @@ from pathlib import Path
 from tgis.engines.base import Engine
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.errors import ConfigError
+from tgis.types import ModelKind
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +75,10 @@ def step_memory(engine: Engine, max_step_tokens: int, max_sequence_length: int) 
     """
     num_tokens = min(_PROBE_TOKENS, max_step_tokens, max_sequence_length)
     tokens = [number % engine.caps.vocab_size for number in range(num_tokens)]
-    plan = StepPlan([Row(0, 0, tokens, 0, Want.ALL)])
+    has_encoder = engine.caps.kind is ModelKind.ENCODER_DECODER
+    row = Row(0, 0, tokens, 0, Want.ALL, encoder_ids=tokens if has_encoder else None)
     before = _reset_peak()
-    engine.forward(plan)
+    engine.forward(StepPlan([row]))
     peak = _status("VmHWM") - before if before else 0
     engine.release([0])
     return max(peak, 0) * max_step_tokens // num_tokens

@@ -9,6 +9,7 @@ from tgis.core.kv.blocks import BlocksMemory
 from tgis.core.kv.rows import RowsMemory
 from tgis.core.memory import kv_capacity, step_memory
 from tgis.engines.base import CacheShape, Engine
+from tgis.types import ModelKind
 
 DEFAULT_MAX_RUNNING = 128
 DEFAULT_MAX_RUNNING_PADDED = 12  # as TGIS
@@ -54,7 +55,7 @@ def _rows(engine: Engine, config: Config, length: int) -> Pool:
         granule=granule,
         step_bytes=step_memory(engine, max_step_tokens, length),
     )
-    memory = RowsMemory(num_rows, total, granule=granule, caching=config.prefix_caching)
+    memory = RowsMemory(num_rows, total, granule=granule, caching=_caching(engine, config))
     return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)
 
 
@@ -70,7 +71,7 @@ def _blocks(engine: Engine, config: Config, length: int) -> Pool:
     )
     num_blocks = total // block_tokens
     engine.allocate(CacheShape(num_blocks, block_tokens))
-    memory = BlocksMemory(max_running, num_blocks, block_tokens, caching=config.prefix_caching)
+    memory = BlocksMemory(max_running, num_blocks, block_tokens, caching=_caching(engine, config))
     max_step_tokens = _step_tokens(engine, config, max_running, length)
     return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)
 
@@ -100,6 +101,11 @@ def _padded_model(engine: Engine, config: Config, max_running: int, length: int)
     return PaddedModel.tokens(
         max(tokens * (100 - config.batch_safety_margin) // 100, length), length
     )
+
+
+def _caching(engine: Engine, config: Config) -> bool:
+    """What a decoder behind an encoder has computed is of no use for another input."""
+    return config.prefix_caching and engine.caps.kind is ModelKind.DECODER_ONLY
 
 
 def _paged_budget(memory: KvMemory) -> PagedBudget:

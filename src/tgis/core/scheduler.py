@@ -127,7 +127,7 @@ class Scheduler:
             length = len(seq.token_ids)
             if length - seq.num_computed > 1:
                 prompts.append(seq)
-            elif seq.slot >= 0 and (length <= seq.room or self._grow(seq)):
+            elif seq.slot >= 0 and (seq.size <= seq.room or self._grow(seq)):
                 last = seq.token_ids[-1]
                 rows.append(Row(seq.uid, seq.slot, [last], length - 1, Want.LAST, seq.block_table))
         budget = self._max_step_tokens - len(rows)
@@ -165,7 +165,7 @@ class Scheduler:
 
     def batch_tokens(self, rows: Iterable[Row]) -> int:
         """New tokens of these rows, with padding if the engine pads."""
-        return self._budget.batch_tokens(len(row.token_ids) for row in rows)
+        return self._budget.batch_tokens(row.num_tokens for row in rows)
 
     def gauges(self) -> Gauges:
         """The state of queue, batch and memory."""
@@ -173,7 +173,7 @@ class Scheduler:
         return Gauges(
             num_waiting=len(self._waiting),
             num_running=len(running),
-            running_tokens=self._budget.batch_tokens(len(seq.token_ids) for seq in running),
+            running_tokens=self._budget.batch_tokens(seq.size for seq in running),
             remaining_tokens=max((seq.num_remaining for seq in running), default=0),
             kv_tokens_used=self._memory.used,
             kv_tokens_total=self._memory.total,
@@ -210,7 +210,7 @@ class Scheduler:
 
     def _grow(self, seq: Sequence) -> bool:
         """Reserve the next token of `seq`, at the cost of sequences admitted after it."""
-        while not self._memory.reserve(seq, len(seq.token_ids)):
+        while not self._memory.reserve(seq, seq.size):
             victim = next(reversed(self._running.values()))
             self._preempt(victim)
             if victim is seq:
@@ -253,7 +253,7 @@ class Scheduler:
                 return
             load = _load(seq)
             verdict = room.fits(load)
-            if verdict.fits and self._memory.open(seq, len(seq.token_ids)):
+            if verdict.fits and self._memory.open(seq, seq.size):
                 room.add(load)
                 counts.num_queue_jumps += num_skipped > 0
                 counts.num_exact_fits += verdict is Verdict.FITS_EXACTLY
@@ -271,16 +271,21 @@ class Scheduler:
 
 
 def _load(seq: Sequence) -> Load:
-    length = len(seq.token_ids)
-    return Load(max(length, seq.room), seq.max_length - length)
+    return Load(max(seq.size, seq.room), seq.num_remaining)
 
 
 def _add_chunk(seq: Sequence, budget: int, rows: list[Row]) -> int:
-    """Add a row of at most `budget` uncomputed tokens; returns how many."""
+    """Add a row of at most `budget` uncomputed tokens; returns how much of the budget it takes.
+
+    What an encoder reads comes with the first tokens, and whole.
+    """
     start, length = seq.num_computed, len(seq.token_ids)
     end = min(length, start + budget)
     want = Want.LAST if end == length else Want.NOTHING
     if seq.wants_input_details:
         want = Want.ALL
-    rows.append(Row(seq.uid, seq.slot, seq.token_ids[start:end], start, want, seq.block_table))
-    return end - start
+    row = Row(seq.uid, seq.slot, seq.token_ids[start:end], start, want, seq.block_table)
+    if start == 0 and seq.encoder_ids:
+        row.encoder_ids = seq.encoder_ids
+    rows.append(row)
+    return min(budget, row.num_tokens)

@@ -1,9 +1,24 @@
 """One sequence inside the core."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tgis.types import TokenDetails
 from tgis.wire import Add
+
+Opening = Callable[[Add], tuple[list[int], list[int]]]
+"""How sequences begin, the one place where the kinds of model differ: request -> the tokens from
+which a decoder goes on, and those that an encoder reads before."""
+
+
+def decoder_only(request: Add) -> tuple[list[int], list[int]]:
+    """The input is the beginning of the sequence."""
+    return list(request.token_ids), []
+
+
+def encoder_decoder(start_id: int) -> Opening:
+    """The input is read by an encoder; the decoder begins with a token of its own."""
+    return lambda request: ([start_id], request.token_ids)
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +34,7 @@ class Sequence:
     request: Add
     client: int  # the connection that asked
     token_ids: list[int]  # prompt, then generated
+    encoder_ids: list[int]  # input of an encoder; empty = none
     num_prompt: int
     min_length: int  # of `token_ids`, before which no token ends it
     max_length: int  # of `token_ids`
@@ -34,20 +50,27 @@ class Sequence:
     input_details: list[TokenDetails] = field(default_factory=list)
 
     @classmethod
-    def of(cls, uid: int, request: Add, client: int) -> "Sequence":
+    def of(cls, uid: int, request: Add, client: int, opening: Opening = decoder_only) -> "Sequence":
         """A waiting sequence."""
-        num_prompt = len(request.token_ids)
+        token_ids, encoder_ids = opening(request)
+        num_prompt = len(token_ids)
         return cls(
             uid,
             request,
             client,
-            list(request.token_ids),
+            token_ids,
+            encoder_ids,
             num_prompt,
             num_prompt + request.sampling.min_new_tokens,
             num_prompt + request.max_new_tokens,
             request.deadline,
             request.arrival,
         )
+
+    @property
+    def size(self) -> int:
+        """Tokens whose keys and values it needs, all known ones computed."""
+        return len(self.token_ids) + len(self.encoder_ids)
 
     @property
     def num_generated(self) -> int:

@@ -25,6 +25,11 @@ class Row:
     encoder_ids: list[int] | None = None  # what an encoder is to read before, if anything
 
     @property
+    def num_tokens(self) -> int:
+        """New tokens that it computes, those of an encoder included."""
+        return len(self.token_ids) + len(self.encoder_ids or ())
+
+    @property
     def num_logits(self) -> int:
         """Rows of the logits tensor that belong to it."""
         return {Want.NOTHING: 0, Want.LAST: 1, Want.ALL: len(self.token_ids)}[self.want]
@@ -49,7 +54,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """New tokens that the step computes."""
-        return sum(len(row.token_ids) for row in self.rows)
+        return sum(row.num_tokens for row in self.rows)
 
     @property
     def num_logits(self) -> int:

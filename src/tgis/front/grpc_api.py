@@ -194,14 +194,16 @@ class GenerationService:
         )
 
     def _input_tokens(self, item: Input, stream: Stream) -> list[pb.TokenInfo]:
-        """One entry per input token; nothing was predicted before the first one."""
+        """One entry per input token; of the first nothing was predicted, by an encoder of none."""
         if not item.params.details.input:
             return []
-        first = TokenDetails(logprob=math.nan if item.params.details.logprobs else 0.0)
+        unknown = TokenDetails(logprob=math.nan if item.params.details.logprobs else 0.0)
+        if self._kind is ModelKind.ENCODER_DECODER:
+            return [self._token_info(token_id, unknown) for token_id in item.job.token_ids]
         rest = stream.input_details or [_NO_DETAILS] * (item.num_tokens - 1)
         return [
             self._token_info(token_id, details)
-            for token_id, details in zip(item.job.token_ids, [first, *rest], strict=True)
+            for token_id, details in zip(item.job.token_ids, [unknown, *rest], strict=True)
         ]
 
 
