@@ -9,6 +9,7 @@ from tgis.config.setting import (
     PORT,
     SIZE,
     Check,
+    Kind,
     Setting,
     at_least,
     between,
@@ -19,7 +20,8 @@ MODEL = "Model"
 LIMITS = "Limits and batching"
 MEMORY = "Memory and compute"
 
-Framework = Literal[
+ENGINE_GROUP = "tgis.engines"  # entry points by which other packages add engines
+_ENGINES = (
     "tgis_native",
     "hf_transformers",
     "hf_accelerate",
@@ -28,7 +30,20 @@ Framework = Literal[
     "ibm_fms",
     "ds_inference",
     "hf_custom_tp",
-]
+)
+
+
+def _read_engine(text: str) -> str:
+    """A known engine in any case, or one that is installed, spelt as it is."""
+    name = text.strip()
+    if name.lower() in _ENGINES:
+        return name.lower()
+    from importlib.metadata import entry_points  # slow to import, and rarely needed
+
+    (entry,) = {entry.name for entry in entry_points(group=ENGINE_GROUP, name=name)}
+    return entry
+
+
 NO_CUDA = "it concerns CUDA devices, and this server computes on the CPU"
 NOT_MEASURED = "memory is measured by one trial step, not by a series of them"
 _DTYPES = {"auto": None, "float": "float32", "half": "float16"} | {
@@ -56,10 +71,14 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(MODEL, "branch, tag or commit of a cached model", unset="main"),
     ] = None
     deployment_framework: Annotated[
-        Framework | None,
+        str | None,
         Setting(
             MODEL,
             "engine that runs the model",
+            kind=Kind(
+                f"one of {', '.join(_ENGINES)}, or of those that other packages have installed",
+                _read_engine,
+            ),
             aliases={"engine": ""},
             unset="chosen by the model's family",
         ),
@@ -94,7 +113,6 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             MODEL,
             "attn_implementation of hf engines",
             unset="Transformers' own choice",
-            no_effect="there is no Transformers engine in this version",
         ),
     ] = None
     flash_attention: Annotated[bool, Setting(MODEL, "as TGIS: choose the engine tgis_native")] = (

@@ -1,28 +1,41 @@
-"""Which engine serves a model: `DEPLOYMENT_FRAMEWORK` names -> loaders."""
+"""Which engine serves a model: `DEPLOYMENT_FRAMEWORK` names -> engines.
+
+An engine is an entry point: a name, and the place of a function that loads a model. Those of this
+package stand in the table; other packages add theirs to the group `tgis.engines`, under names of
+their own. Nothing of an engine is imported before it is chosen.
+"""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tgis.config import Config
-from tgis.engines import native
+from tgis.config.model import ENGINE_GROUP
 from tgis.engines.base import Engine
 from tgis.errors import ConfigError, ModelError
 from tgis.hub.safetensors import Progress
 from tgis.models.dtypes import choose_dtype
 from tgis.models.families import FAMILIES
+from tgis.models.families.t5 import SEQ2SEQ_FAMILIES
 from tgis.types import ModelFiles
 
 log = logging.getLogger(__name__)
 
-Load = Callable[[Path, Mapping[str, Any], torch.dtype, Progress | None], Engine]
-"""(model directory, config.json, dtype, progress) -> engine, its cache not yet allocated."""
+Load = Callable[[Config, ModelFiles, torch.dtype, Progress | None], Engine]
+"""(settings, model, dtype, progress) -> engine, its cache not yet allocated."""
 
-ENGINES: dict[str, Load] = {
-    "tgis_native": native.load,
+NATIVE = "tgis_native"
+GENERAL = "hf_transformers"  # for whatever native does not know
+NATIVE_TYPES = frozenset({*FAMILIES, *SEQ2SEQ_FAMILIES})
+
+ENGINES: dict[str, str] = {
+    NATIVE: "tgis.engines.registry:load_native",
+    GENERAL: "tgis.engines.hf:load",
+    "hf_accelerate": "tgis.engines.hf:load",
+    "hf_optimum_bt": "tgis.engines.hf:load",
 }
 
 
@@ -30,32 +43,67 @@ def load_engine(config: Config, files: ModelFiles, progress: Progress | None = N
     """Load the model into the engine that the settings and the model's family choose.
 
     Raises:
-        ConfigError: an unknown engine.
-        ModelError: no engine serves such a model, or its files are wrong.
+        ConfigError: an engine that is unknown or not installed properly.
+        ModelError: the engine does not serve such a model, or its files are wrong.
     """
-    name = choose_engine(config.deployment_framework, files.model_type)
+    entry = choose_engine(config.deployment_framework, files.model_type)
     dtype, reason = choose_dtype(config.dtype)
-    log.info("Loading %s with engine %s as %s: %s", files.name, name, dtype, reason)
-    return ENGINES[name](Path(files.path), files.config, dtype, progress)
+    log.info("Loading %s with engine %s as %s: %s", files.name, entry.name, dtype, reason)
+    try:
+        load: Load = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"DEPLOYMENT_FRAMEWORK = {entry.name}: {entry.value} cannot be imported: {error}"
+        ) from error
+    return load(config, files, dtype, progress)
 
 
-def choose_engine(framework: str | None, model_type: str) -> str:
-    """The name of the engine.
+def choose_engine(framework: str | None, model_type: str) -> EntryPoint:
+    """The entry point of the engine.
 
     Args:
         framework: `DEPLOYMENT_FRAMEWORK`; unset means native where the model's family is known.
 
     Raises:
-        ConfigError: an unknown engine.
-        ModelError: no engine serves such a model.
+        ConfigError: there is no such engine.
+        ModelError: the native engine is asked for a family that it does not know.
     """
-    if framework and framework not in ENGINES:
-        known = ", ".join(ENGINES)
-        raise ConfigError(f"DEPLOYMENT_FRAMEWORK = {framework} is unknown (one of {known})")
-    if framework:
-        return framework
-    if model_type in FAMILIES:
-        return "tgis_native"
-    raise ModelError(
-        f"no engine serves model_type {model_type!r} (tgis_native: {', '.join(sorted(FAMILIES))})"
-    )
+    known = model_type in NATIVE_TYPES
+    if framework is None:
+        framework = NATIVE if known else GENERAL
+    engines = _engines()
+    if framework not in engines:
+        possible = ", ".join(name for name in engines if known or name != NATIVE)
+        raise ConfigError(
+            f"DEPLOYMENT_FRAMEWORK = {framework}: this installation has no such engine;"
+            f" a model of type {model_type} can be served by {possible}"
+        )
+    if framework == NATIVE and not known:
+        possible = ", ".join(name for name in engines if name != NATIVE)
+        raise ModelError(
+            f"DEPLOYMENT_FRAMEWORK = {NATIVE} does not serve models of type {model_type} (only"
+            f" {', '.join(sorted(NATIVE_TYPES))}); others are served by {possible}"
+        )
+    if known and framework != NATIVE:
+        log.warning("%s is the recommended engine for models of type %s", NATIVE, model_type)
+    return engines[framework]
+
+
+def load_native(
+    config: Config, files: ModelFiles, dtype: torch.dtype, progress: Progress | None
+) -> Engine:
+    """Load a model into the native engine.
+
+    Raises:
+        ModelError: the family or an option of it is not supported, or the files are wrong.
+    """
+    from tgis.engines import native, native_seq2seq
+
+    load = native_seq2seq.load if files.model_type in SEQ2SEQ_FAMILIES else native.load
+    return load(Path(files.path), files.config, dtype, progress)
+
+
+def _engines() -> dict[str, EntryPoint]:
+    own = {name: EntryPoint(name, value, ENGINE_GROUP) for name, value in ENGINES.items()}
+    others = {entry.name: entry for entry in entry_points(group=ENGINE_GROUP)}
+    return own | {name: entry for name, entry in others.items() if name not in own}
