@@ -1,141 +1,24 @@
 """The core loop on a real socket, with the fake engine and the real sampler."""
 
 import math
+import random
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.kit.fake_engine import VOCAB, FakeEngine, continuation
+from tests.kit.core_house import SLOTS, House, open_house
+from tests.kit.fake_engine import VOCAB, continuation
 
-from tgis.core.budget import PagedBudget
-from tgis.core.kv.rows import RowsMemory
-from tgis.core.link import FrontLink
-from tgis.core.loop import Core
-from tgis.core.scheduler import Scheduler
-from tgis.engines.base import CacheShape
 from tgis.engines.plan import StepPlan
-from tgis.sampling.sampler import Sampler
 from tgis.types import NO_DETAILS, DetailParams, FinishReason, SamplingParams
-from tgis.wire import (
-    Abort,
-    Add,
-    Decoder,
-    Failed,
-    FailureKind,
-    Gauges,
-    Loading,
-    Out,
-    ToFront,
-    encode,
-)
-
-SLOTS = 4
-
-
-@dataclass
-class Pulse:
-    step_started: float = 0.0
-    gauges: Gauges = field(default_factory=Gauges)
-
-
-class Front:
-    """A blocking client of the core's socket."""
-
-    def __init__(self, path: Path) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(str(path))
-        self.sock.settimeout(10)
-        self._decoder: Decoder[ToFront] = Decoder(ToFront)
-        self.tokens: dict[int, list[int]] = {}
-        self.finish: dict[int, FinishReason] = {}
-        self.failed: dict[int, Failed] = {}
-        self.outs: list[Out] = []
-
-    def send(self, message: Add | Abort) -> None:
-        self.sock.sendall(encode(message))
-
-    def read(self) -> None:
-        """Take in what is there now."""
-        self.sock.setblocking(False)
-        try:
-            while data := self.sock.recv(1 << 16):
-                for message in self._decoder.feed(data):
-                    self._note(message)
-        except BlockingIOError:
-            pass
-
-    def _note(self, message: ToFront) -> None:
-        if isinstance(message, Failed):
-            assert message.seq_id not in self.failed
-            self.failed[message.seq_id] = message
-        if not isinstance(message, Out):
-            return
-        self.outs.append(message)
-        for token in message.tokens:
-            assert token.seq_id not in self.finish, "a token after the end"
-            if token.token_id >= 0:
-                self.tokens.setdefault(token.seq_id, []).append(token.token_id)
-            if token.finish is not FinishReason.NOT_FINISHED:
-                self.finish[token.seq_id] = token.finish
-
-
-@dataclass
-class House:
-    path: Path
-    link: FrontLink
-    core: Core
-    engine: FakeEngine
-    scheduler: Scheduler
-    memory: RowsMemory
-    now: list[float]
-    fronts: list[Front] = field(default_factory=list)
-
-    def connect(self) -> Front:
-        self.fronts.append(Front(self.path))
-        return self.fronts[-1]
-
-    def turn(self, times: int = 1) -> None:
-        for _ in range(times):
-            self.core.turn(0.0)
-            self.now[0] += 1
-        assert self.core.check() is None
-
-    def run(self, *fronts: Front) -> None:
-        self.turn()
-        while self.scheduler.has_work:
-            self.turn()
-        for front in fronts:
-            front.read()
-        assert self.memory.used == 0
-        assert not self.core._by_uid
-        assert not self.core._sequences
-        assert not self.core._sampler._sequences
-        assert self.memory.check() is None
+from tgis.wire import Abort, Add, FailureKind, Loading
 
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
-    path = tmp_path / "core.sock"
-    link = FrontLink(path)
-    engine = FakeEngine()
-    engine.allocate(CacheShape(2 * SLOTS, 64))
-    memory = RowsMemory(2 * SLOTS, 200)
-    scheduler = Scheduler(
-        memory,
-        PagedBudget(200, horizon=16),
-        max_step_tokens=16,
-        max_running=SLOTS,
-        eos_token_ids=[],
-    )
-    now = [0.0]
-    core = Core(engine, Sampler(VOCAB, ()), scheduler, link, Pulse(), clock=lambda: now[0])
-    house = House(path, link, core, engine, scheduler, memory, now)
-    yield house
-    for front in house.fronts:
-        front.sock.close()
-    link.close()
+    with open_house(tmp_path) as house:
+        yield house
 
 
 def add(
@@ -304,3 +187,139 @@ def test_a_front_that_does_not_read_holds_nobody_up(house: House) -> None:
     house.turn(50)
     lazy.read()
     assert len(lazy.finish) == 200
+
+
+def test_a_prompt_past_its_deadline_ends_in_the_middle_and_frees_its_memory(house: House) -> None:
+    front = house.connect()
+    front.send(add(1, list(range(50)), deadline=1.5))
+    house.turn(2)
+    assert house.memory.used
+    house.turn(2)
+    front.read()
+    assert front.finish == {1: FinishReason.TIME_LIMIT}
+    assert not front.tokens
+    assert house.memory.used == 0
+
+
+def broken_by(*seq_ids: int) -> Callable[[StepPlan], None]:
+    def before(plan: StepPlan) -> None:
+        if any(row.seq_id in seq_ids for row in plan.rows):
+            raise RuntimeError
+
+    return before
+
+
+def test_a_row_that_breaks_every_step_fails_alone(house: House) -> None:
+    front = house.connect()
+    for seq_id in range(4):
+        front.send(add(seq_id, [seq_id, 9], max_new=12))
+    house.turn(3)
+    house.engine.before_forward = broken_by(2)  # uids are given in order
+    house.run(front)
+    assert set(front.failed) == {2}
+    for seq_id in (0, 1, 3):
+        assert front.tokens[seq_id] == continuation([seq_id, 9], 12)
+        assert front.finish[seq_id] is FinishReason.MAX_TOKENS
+
+
+def test_new_prompts_that_fail_do_not_touch_those_that_run(house: House) -> None:
+    house.engine.before_forward = broken_by(2, 3)
+    front = house.connect()
+    for seq_id in (0, 1):
+        front.send(add(seq_id, [seq_id, 9], max_new=12))
+    house.turn(3)
+    for seq_id in (2, 3):
+        front.send(add(seq_id, [seq_id] * 6, max_new=12))
+    house.run(front)
+    assert set(front.failed) == {2, 3}
+    for seq_id in (0, 1):
+        assert front.tokens[seq_id] == continuation([seq_id, 9], 12)
+    failed = [out.step for out in front.outs if out.step is not None and out.step.num_errors]
+    assert [(step.num_calls, step.num_errors) for step in failed] == [(5, 4)]
+
+
+def test_a_step_that_is_too_large_for_memory_succeeds_in_parts(house: House) -> None:
+    def before(plan: StepPlan) -> None:
+        if plan.num_tokens > 5:
+            raise MemoryError
+
+    house.engine.before_forward = before
+    front = house.connect()
+    for seq_id in range(4):
+        front.send(add(seq_id, [seq_id] * 4, max_new=6))
+    house.turn(2)
+    house.run(front)
+    assert not front.failed
+    for seq_id in range(4):
+        assert front.tokens[seq_id] == continuation([seq_id] * 4, 6)
+    assert sum(out.step.num_out_of_memory for out in front.outs if out.step) > 0
+
+
+def test_every_step_is_reported_once_and_to_one_front(house: House) -> None:
+    fronts = [house.connect(), house.connect()]
+    for number, front in enumerate(fronts):
+        front.send(add(1, [(number + i) % VOCAB for i in range(40)], max_new=4))
+    house.turn()
+    house.run(*fronts)
+    steps = [out.step for front in fronts for out in front.outs if out.step is not None]
+    assert len(steps) == len(house.engine.plans)
+    assert sum(step.num_prefill_tokens for step in steps) == 80
+    assert sum(step.num_calls for step in steps) == len(house.engine.plans)
+    assert sum(step.num_joined for step in steps) == 1
+    assert sum(step.counts.prefix_query_tokens for step in steps) == 80
+
+
+def test_a_leak_is_reported_once_and_not_fatal(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    front = house.connect()
+    for seq_id in range(3):
+        house.memory._used += seq_id == 1
+        front.send(add(seq_id, [1, 2], max_new=1))
+        for _ in range(2):
+            house.core.turn(0.0)
+    front.read()
+    assert len(front.finish) == 3
+    (message,) = caplog.messages
+    assert "the accounts are wrong: 1 tokens used by nobody" in message
+
+
+@pytest.mark.parametrize("turns", [0, 3])
+def test_sampled_tokens_do_not_depend_on_the_cache(house: House, turns: int) -> None:
+    prompt = [(5 * i) % VOCAB for i in range(40)]
+    sampling = SamplingParams(do_sample=True, seed=7, temperature=8.0)
+    front = house.connect()
+    for seq_id in range(3):  # cold, then from the row of the first, running or ended
+        front.send(Add(seq_id, prompt, sampling, NO_DETAILS, 12, math.inf, 0.0))
+        house.turn(4)
+        house.turn(turns * 5)
+    house.run(front)
+    assert sum(out.step.counts.prefix_hit_tokens for out in front.outs if out.step) >= 2 * 32
+    assert front.tokens[0] == front.tokens[1] == front.tokens[2]
+    assert front.tokens[0] != continuation(prompt, 12)
+
+
+def test_ten_thousand_streams_cancelled_at_random_points_leave_nothing(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    with open_house(tmp_path, slots=32, tokens=900, budget=80) as house:
+        front = house.connect()
+        alive: list[int] = []
+        for seq_id in range(10_000):
+            stem = [3] * rng.choice([0, 0, 40])
+            prompt = stem + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 20))]
+            front.send(add(seq_id, prompt, max_new=rng.randint(1, 30)))
+            alive.append(seq_id)
+            while len(alive) > rng.randint(0, 60):
+                front.send(Abort([alive.pop(rng.randrange(len(alive)))]))
+            if seq_id % 8 == 0:
+                house.turn()
+            if seq_id % 2000 == 1999:  # the whole client goes
+                front.read()
+                front.sock.close()
+                house.turn(3)  # its last words, then end of file
+                assert house.scheduler.gauges().kv_tokens_used == 0
+                assert not house.scheduler.has_work
+                front, alive = house.connect(), []
+        house.run(front)
+        gauges = house.scheduler.gauges()
+        assert (gauges.num_running, gauges.num_waiting, gauges.kv_tokens_used) == (0, 0, 0)

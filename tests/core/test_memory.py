@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 import pytest
-
 from tests.kit.fake_engine import FakeEngine
+
 from tgis.core.memory import available_memory, kv_capacity, step_memory
 from tgis.engines.base import CacheShape
 from tgis.engines.plan import StepPlan

@@ -3,8 +3,8 @@
 from typing import Literal
 
 import pytest
-
 from tests.kit.fake_engine import FakeEngine
+
 from tgis.config import Config
 from tgis.core.budget import PaddedBudget, PagedBudget
 from tgis.core.kv.blocks import BlocksMemory

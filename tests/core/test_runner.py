@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import pytest
-
 from tests.kit.fake_engine import FakeEngine
+
 from tgis.core import runner
 from tgis.engines.base import CacheShape
 from tgis.engines.plan import KvCopy, Row, StepPlan, Want

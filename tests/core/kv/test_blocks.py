@@ -1,9 +1,9 @@
 """Blocks: shared by reference, evicted leaves first; contents are checked by the driver."""
 
 import pytest
-
 from tests.kit.fake_engine import continuation
 from tests.kit.scheduling import Driver, request
+
 from tgis.core.kv.blocks import BlocksMemory
 from tgis.core.sequence import Sequence
 from tgis.types import DetailParams

@@ -1,9 +1,9 @@
 """Rows: who takes over, who copies, who is evicted; contents are checked by the driver."""
 
 import pytest
-
 from tests.kit.fake_engine import continuation
 from tests.kit.scheduling import Driver, request
+
 from tgis.core.kv.rows import RUN_TOKENS, RowsMemory
 from tgis.core.sequence import Sequence
 from tgis.engines.plan import KvCopy

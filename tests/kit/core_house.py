@@ -1,0 +1,130 @@
+"""The core loop on a real socket, with the fake engine and the real sampler, driven by hand."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.kit.fake_engine import VOCAB, FakeEngine
+
+from tgis.core.budget import PagedBudget
+from tgis.core.kv.rows import RowsMemory
+from tgis.core.link import FrontLink
+from tgis.core.loop import Core
+from tgis.core.scheduler import Scheduler
+from tgis.engines.base import CacheShape
+from tgis.sampling.sampler import Sampler
+from tgis.types import FinishReason
+from tgis.wire import Abort, Add, Decoder, Failed, Gauges, Out, ToFront, encode
+
+SLOTS = 4
+
+
+@dataclass
+class Pulse:
+    step_started: float = 0.0
+    gauges: Gauges = field(default_factory=Gauges)
+
+
+class Front:
+    """A blocking client of the core's socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(path))
+        self.sock.settimeout(10)
+        self._decoder: Decoder[ToFront] = Decoder(ToFront)
+        self.tokens: dict[int, list[int]] = {}
+        self.finish: dict[int, FinishReason] = {}
+        self.failed: dict[int, Failed] = {}
+        self.outs: list[Out] = []
+
+    def send(self, message: Add | Abort) -> None:
+        self.sock.sendall(encode(message))
+
+    def read(self) -> None:
+        """Take in what is there now."""
+        self.sock.setblocking(False)
+        try:
+            while data := self.sock.recv(1 << 16):
+                for message in self._decoder.feed(data):
+                    self._note(message)
+        except BlockingIOError:
+            pass
+
+    def _note(self, message: ToFront) -> None:
+        if isinstance(message, Failed):
+            assert message.seq_id not in self.failed
+            self.failed[message.seq_id] = message
+        if not isinstance(message, Out):
+            return
+        self.outs.append(message)
+        for token in message.tokens:
+            assert token.seq_id not in self.finish, "a token after the end"
+            if token.token_id >= 0:
+                self.tokens.setdefault(token.seq_id, []).append(token.token_id)
+            if token.finish is not FinishReason.NOT_FINISHED:
+                self.finish[token.seq_id] = token.finish
+
+
+@dataclass
+class House:
+    path: Path
+    link: FrontLink
+    core: Core
+    engine: FakeEngine
+    scheduler: Scheduler
+    memory: RowsMemory
+    now: list[float]
+    fronts: list[Front] = field(default_factory=list)
+
+    def connect(self) -> Front:
+        self.fronts.append(Front(self.path))
+        return self.fronts[-1]
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.core.turn(0.0)
+            self.now[0] += 1
+        assert self.core.check() is None
+
+    def run(self, *fronts: Front) -> None:
+        self.turn()
+        while self.scheduler.has_work:
+            self.turn()
+        for front in fronts:
+            front.read()
+        assert self.memory.used == 0
+        assert not self.core._by_uid
+        assert not self.core._sequences
+        assert not self.core._sampler._sequences
+        assert self.memory.check() is None
+
+
+@contextmanager
+def open_house(
+    directory: Path, slots: int = SLOTS, tokens: int = 200, budget: int = 16
+) -> Iterator[House]:
+    """A core and no front yet."""
+    path = directory / "core.sock"
+    link = FrontLink(path)
+    engine = FakeEngine()
+    engine.allocate(CacheShape(2 * slots, 64))
+    memory = RowsMemory(2 * slots, tokens)
+    scheduler = Scheduler(
+        memory,
+        PagedBudget(tokens, horizon=16),
+        max_step_tokens=budget,
+        max_running=slots,
+        eos_token_ids=[],
+    )
+    now = [0.0]
+    core = Core(engine, Sampler(VOCAB, ()), scheduler, link, Pulse(), clock=lambda: now[0])
+    house = House(path, link, core, engine, scheduler, memory, now)
+    try:
+        yield house
+    finally:
+        for front in house.fronts:
+            front.sock.close()
+        link.close()
