@@ -4,7 +4,6 @@ A file is a mapping:
 
     model    "demo", or the name of a directory under the shared models
     patch    optional: {file of the model: {key: value}}, changes in its JSON files
-    not_yet  optional: why no server can run the file so far
     server   settings that differ from `Limits`, by the field's name
     made_by  what made the expectations
     cases    list of {name, why?, method?, request, response | error}

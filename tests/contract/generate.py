@@ -19,7 +19,7 @@ from tests.contract.oracle import VERSION, Oracle, RejectedError
 from tests.contract.oracle.logits import Margins
 
 NARROWEST = 1e-4
-HEAD = ("model", "patch", "not_yet", "server")
+HEAD = ("model", "patch", "server")
 BY_HAND = ("name", "why", "method", "request")
 
 

@@ -44,8 +44,6 @@ class Served:
 @pytest.fixture(scope="module", params=FILES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = FILES[request.param]
-    if reason := file.content.get("not_yet"):
-        pytest.skip(reason)
     model = file.model(tmp_path_factory.mktemp(file.name))
     if model is None:
         pytest.skip(f"the model {file.content['model']} is not here")
