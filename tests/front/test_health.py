@@ -2,15 +2,20 @@
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import aiohttp
 import aiohttp.web
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tgis.config import Config
 from tgis.errors import ConfigError
 from tgis.front import http_api
+from tgis.front.grpc_server import GrpcServer
 from tgis.front.health import Health, State
 from tgis.front.probe import Verdict
 from tgis.observe.metrics import Limits, Metrics
@@ -176,3 +181,66 @@ async def test_a_taken_port_is_a_clear_error(pages: aiohttp.ClientSession) -> No
     port = pages._base_url.port  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=rf"--port {port} .*in use"):
         await http_api.start(aiohttp.web.Application(), "127.0.0.1", port)  # type: ignore[arg-type]
+
+
+class Walk:
+    """Events of a server's life, and a plain model of what its state must then be."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.model_up = self.was_up = self.draining = self.failing = False
+        self.heard = house.now[0]
+
+    def happen(self, event: str) -> None:
+        house = self.house
+        match event:
+            case "ready":
+                house.link.become(MODEL)
+                self.model_up, self.heard = True, house.now[0]
+                house.link.last_heard = self.heard
+            case "lost":
+                house.link.become(None)
+                self.model_up = False
+            case "beat":
+                house.link.last_heard = self.heard = house.now[0]
+            case "silence":
+                house.now[0] += 3
+            case "fails" | "works":
+                house.health.failing = self.failing = event == "fails"
+            case "drain":
+                house.health.draining = self.draining = True
+
+    def expected(self) -> State:
+        self.was_up |= self.model_up
+        if self.draining:
+            return State.DRAINING
+        if not self.model_up:
+            return State.DEAD if self.was_up else State.STARTING
+        silent = self.house.now[0] - self.heard > 5
+        return State.DEGRADED if silent or self.failing else State.READY
+
+
+async def test_http_and_grpc_agree_in_every_state_of_a_long_walk(
+    house: House, pages: aiohttp.ClientSession
+) -> None:
+    server = GrpcServer(Config(host="127.0.0.1", grpc_port=0), lambda: house.health.is_ready)
+    port = await server.start()
+    walk, chance = Walk(house), random.Random(5)
+    events = ["ready", "lost", "beat", "beat", "silence", "fails", "works", "works"]
+    seen = set()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for number in range(500):
+            walk.happen("drain" if number == 490 else chance.choice(events))
+            expected = walk.expected()
+            seen.add(expected)
+            assert house.health.state is expected, number
+            async with pages.get("/health") as answer:
+                assert (answer.status == 200) is (expected is State.READY), number
+                if answer.status != 200:
+                    assert (await answer.json())["state"] == expected.value
+            status = (await stub.Check(health_pb2.HealthCheckRequest())).status
+            serving = health_pb2.HealthCheckResponse.SERVING
+            assert (status == serving) is (expected is State.READY), number
+    await server.stop(0)
+    assert seen == set(State)

@@ -43,6 +43,10 @@ class Ears:
         self.heard.append(out)
         self.news.set()
 
+    def on_gauges(self, gauges: Gauges) -> None:
+        self.heard.append(gauges)
+        self.news.set()
+
     def on_failed(self, failed: Failed) -> None:
         self.heard.append(failed)
         self.news.set()
@@ -112,7 +116,7 @@ async def test_messages_both_ways(parts: tuple[Path, Ears, CoreLink]) -> None:
         failed = Failed(1, FailureKind.GENERATION, "x")
         core.writer.write(encode(Beat(0.5, Gauges(num_waiting=3))) + encode(failed))
         await ears.news.wait()
-        assert ears.heard == [failed]
+        assert ears.heard == [Gauges(num_waiting=3), failed]
         assert (link.busy_for, link.gauges.num_waiting) == (0.5, 3)
 
 

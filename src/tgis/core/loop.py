@@ -97,6 +97,8 @@ class Core:
             self._step()
             self._pulse.step_started = 0.0
             self._check_idle()
+        else:
+            self._pulse.gauges = self._scheduler.gauges()  # what an abort has left
 
     def check(self) -> str | None:
         """What is wrong with the accounts, if anything."""

@@ -38,6 +38,9 @@ class CoreListener(Protocol):
     def on_out(self, out: Out) -> None:
         """A step has ended."""
 
+    def on_gauges(self, gauges: Gauges) -> None:
+        """The state of queue and batch, also while nothing is computed."""
+
     def on_failed(self, failed: Failed) -> None:
         """A sequence has failed."""
 
@@ -127,6 +130,7 @@ class CoreLink:
                 self._listener.on_failed(message)
             case Beat():
                 self.gauges, self.busy_for = message.gauges, message.busy_for
+                self._listener.on_gauges(message.gauges)
             case Loading():
                 self.loading = message
             case Ready():

@@ -19,7 +19,7 @@ from tgis.text.detokenize import Detokenizer
 from tgis.text.stops import StopMatcher
 from tgis.text.streams import TextStream
 from tgis.types import DetailParams, FinishReason, SamplingParams, TokenDetails, TokenOut
-from tgis.wire import Add, Failed, FailureKind, Out, SchedulerCounts, StepStats
+from tgis.wire import Add, Failed, FailureKind, Gauges, Out, SchedulerCounts, StepStats
 
 _FAILURES: dict[FailureKind, type[RequestError]] = {
     FailureKind.GENERATION: GenerationFailed,
@@ -266,6 +266,7 @@ class Streams:
     def on_lost(self) -> None:
         """The core is gone: every open stream ends now."""
         self._metrics.count("tgi_core_lost_count")
+        self.on_gauges(Gauges())
         self._fail_all("The inference engine has died and is being restarted")
 
     def cut_off(self) -> None:
@@ -291,14 +292,18 @@ class Streams:
             self._metrics.observe("tgi_request_inter_token_duration", now - times.last_token)
         times.last_token = now
 
-    def _note_step(self, out: Out) -> None:
-        gauges, metrics = out.gauges, self._metrics
+    def on_gauges(self, gauges: Gauges) -> None:
+        """Show the state of queue and batch."""
+        metrics = self._metrics
         metrics.set("tgi_batch_current_size", gauges.num_running)
         metrics.set("tgi_batch_input_tokens", gauges.running_tokens)
         metrics.set("tgi_batch_max_remaining_tokens", gauges.remaining_tokens)
         metrics.set("tgi_queue_size", gauges.num_waiting)
-        if gauges.kv_tokens_total:
-            metrics.set("tgi_kv_cache_usage", gauges.kv_tokens_used / gauges.kv_tokens_total)
+        used = gauges.kv_tokens_used / gauges.kv_tokens_total if gauges.kv_tokens_total else 0.0
+        metrics.set("tgi_kv_cache_usage", used)
+
+    def _note_step(self, out: Out) -> None:
+        self.on_gauges(out.gauges)
         if out.step is not None:
             self._note_engine(out.step)
             self._note_counts(out.step.counts)
