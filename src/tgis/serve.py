@@ -39,6 +39,8 @@ log = logging.getLogger("tgis.serve")
 
 _TICK_SECONDS = 0.25
 _EXIT_SECONDS = 2.0  # for a child that has been told to go
+# Imports and files on a slow disk can hold a starting process's threads up for long.
+_START_SILENCE_SECONDS = 120.0
 # A core that dies this often without having loaded its model will not do better the next time.
 _MAX_FAILED_LOADS = 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -62,6 +64,7 @@ class _Child:
         self.last_heard = time.monotonic()
         self.fatal: Fatal | None = None
         self.loaded = False
+        self.started = False  # from here on silence means a hang
         self.tell(boot)
 
     def tell(self, message: ToChild) -> None:
@@ -142,9 +145,9 @@ class Supervisor:
         for message in messages:
             match message:
                 case Alive():
-                    pass
+                    child.started = child.started or child.name == "front"
                 case Loaded():
-                    child.loaded = True
+                    child.loaded = child.started = True
                     self._failed_loads = 0
                 case Fatal():
                     child.fatal = message
@@ -203,7 +206,7 @@ class Supervisor:
             self._exit_code = 0
         for child in tuple(self._children.values()):
             silence = now - child.last_heard
-            if silence > self._config.hang_timeout:
+            if silence > (self._config.hang_timeout if child.started else _START_SILENCE_SECONDS):
                 log.error("the %s has been silent for %.1f s; killing it", child.name, silence)
                 child.last_heard = now
                 child.process.kill()  # its exit is handled as any other
