@@ -148,7 +148,7 @@ def linear_table() -> None:
     print("\nLinear layers, us (in x out, rows)")
     for in_features, out_features in [(768, 1280), (768, 4096), (2048, 768), (2048, 5632)]:
         functions = linear_variants(in_features, out_features)
-        for rows in (1, 8, 32, 64, 128):
+        for rows in (1, 8, 32, 128, 512):
             x = torch.randn(rows, in_features).to(BF16)
             x8 = kernels.quantize_rows(x)[0]
             results = take_turns(

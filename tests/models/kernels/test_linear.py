@@ -1,4 +1,4 @@
-"""Packed linear layers, for few rows and for many, against plain products."""
+"""Packed linear layers, on our kernel and on oneDNN's, against plain products."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch.nn import functional
 
 from tgis.models.kernels import linear
 
-ROWS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 50, 64, 65, 130]
-SHAPES = [(64, 64), (192, 256), (128, 1024), (100, 64), (64, 40), (17, 9)]
+ROWS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 50, 64, 65, 130, 600]
+SHAPES = [(64, 64), (192, 256), (128, 1024), (100, 64), (65, 128), (64, 40), (17, 9)]
 
 
 def make(shape, rows, generator):
@@ -19,7 +19,7 @@ def make(shape, rows, generator):
 @pytest.fixture
 def bound(native, monkeypatch):
     """The layers on the kernels of one target."""
-    for name in ("few_rows_linear", "quantize_rows", "scale_rows_"):
+    for name in ("amx_linear", "quantize_rows", "scale_rows_"):
         monkeypatch.setattr(linear.kernels, name, getattr(native, name))
     return linear
 
@@ -32,6 +32,7 @@ def test_bf16_linear(bound, generator, shape, with_bias) -> None:
     layer = bound.bf16_linear(weight, bias)
     for rows in ROWS:
         x = torch.randn((rows, shape[1]), generator=generator).bfloat16()
+        assert layer(x).is_contiguous()
         expected = functional.linear(
             x.float(), weight.float(), None if bias is None else bias.float()
         )
@@ -74,6 +75,15 @@ def test_threads_do_not_change_results(bound, generator, threads) -> None:
         assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("make_layer", ["bf16_linear", "int8_linear"])
+def test_float32_comes_out_unrounded(bound, generator, make_layer) -> None:
+    x, weight, bias = make((100, 256), 9, generator)
+    rounded = getattr(bound, make_layer)(weight, bias)(x)
+    y = getattr(bound, make_layer)(weight, bias, torch.float32)(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.bfloat16(), rounded, rtol=2**-7, atol=1e-2)
+
+
 def test_wrong_rows_are_refused(bound, generator) -> None:
     x, weight, bias = make((64, 64), 4, generator)
     layer = bound.bf16_linear(weight, bias)
@@ -87,7 +97,8 @@ def test_an_unknown_pack_is_not_read(native, generator) -> None:
     weight = torch.randn((64, 64), generator=generator).bfloat16()
     other = torch.randn((64, 64), generator=generator).bfloat16()
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight, 128)
-    assert not linear._is_expected(blocked, other)
+    assert linear._is_expected(blocked, weight, 32)
+    assert not linear._is_expected(blocked, other, 32)
 
 
 def test_int8_loses_little(bound, generator) -> None:

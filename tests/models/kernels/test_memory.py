@@ -57,9 +57,12 @@ for rows in (1, 16, 17, 33, 50):
     bf16, int8 = guarded(torch.rand(64, 64).bfloat16()), guarded(torch.ones(64, 64).to(torch.int8))
     for weight, factor in ((bf16, None), (int8, scale)):
         for out in (torch.float32, torch.bfloat16):
-            layer = native.few_rows_linear(weight.data_ptr(), 64, 64, factor, bias, out)
-            if layer is not None:
-                layer(x)
+            for features in (64, 61, 33):
+                parts = factor if factor is None else guarded(factor[:features].clone())
+                added = guarded(bias[:features].clone())
+                layer = native.amx_linear(weight.data_ptr(), features, 64, parts, added, out)
+                if layer is not None:
+                    layer(x)
 print("done")
 """
 

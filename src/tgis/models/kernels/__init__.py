@@ -11,9 +11,9 @@ try:
     from tgis.models.kernels.native import (
         act,
         act_mul,
+        amx_linear,
         argmax,
         attention,
-        few_rows_linear,
         layer_norm,
         quantize_rows,
         rms_norm,
@@ -27,9 +27,9 @@ except (BuildError, OSError) as error:
     from tgis.models.kernels.reference import (
         act,
         act_mul,
+        amx_linear,
         argmax,
         attention,
-        few_rows_linear,
         layer_norm,
         quantize_rows,
         replayed,
@@ -43,10 +43,10 @@ except (BuildError, OSError) as error:
 __all__ = [
     "act",
     "act_mul",
+    "amx_linear",
     "argmax",
     "attention",
     "describe",
-    "few_rows_linear",
     "layer_norm",
     "quantize_rows",
     "replayed",

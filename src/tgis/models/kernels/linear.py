@@ -1,9 +1,7 @@
-"""Linear layers on one packed copy of their weight, fast for one row and for thousands.
+"""Linear layers on one packed copy of their weight, for one row and for thousands.
 
-The weight lies in oneDNN's blocked layout. oneDNN's own operators serve many rows. For few rows,
-where reading the weight is the limit, they reach about two thirds of the memory's speed; there our
-AMX kernel reads the same memory (`csrc/linear.c`). A pack is only handed to that kernel when its
-bytes are found to be in the layout that the kernel expects.
+The weight lies in oneDNN's blocked layout. Our AMX kernel (`csrc/linear.c`) reads it there, if its
+bytes are found to be where that expects them; otherwise oneDNN's own operators do.
 """
 
 import ctypes
@@ -11,11 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tgis.models import kernels
-
-FEW_ROWS = 64
-"""Up to so many rows our kernel is the faster one."""
 
 _PACK_ROWS = 128  # the hint that makes oneDNN pack bfloat16 in blocks of 32 output features
 
@@ -30,15 +26,22 @@ def bf16_linear(
     The layer keeps a packed copy; the caller should forget the weight. `out_dtype`: bfloat16, or
     float32 (for logits).
     """
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-    few = _few_rows(blocked, weight, None, bias, out_dtype)
 
-    def many(x: Tensor) -> Tensor:
+    def pack(rows: Tensor) -> Tensor:
+        blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(rows, _PACK_ROWS)
+        return blocked
+
+    ours = _on_tiles(weight, pack, None, bias, out_dtype)
+    if ours is not None:
+        return ours
+    blocked = pack(weight)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def onednn(x: Tensor) -> Tensor:
         y: Tensor = multiply(x, blocked, bias, "none", [], "")
         return y.to(out_dtype)
 
-    return _by_rows(few, many)
+    return onednn
 
 
 def int8_linear(
@@ -50,12 +53,19 @@ def int8_linear(
     is called.
     """
     q, scale = kernels.quantize_rows(weight)
-    blocked = torch.ops.onednn.qlinear_prepack(q, [_PACK_ROWS, q.shape[1]])
+
+    def pack(rows: Tensor) -> Tensor:
+        blocked: Tensor = torch.ops.onednn.qlinear_prepack(rows, [_PACK_ROWS, rows.shape[1]])
+        return blocked
+
+    ours = _on_tiles(q, pack, scale, bias, out_dtype)
+    if ours is not None:
+        return ours
+    blocked = pack(q)
     zero_points = torch.zeros(len(q), dtype=torch.int32)
     multiply = torch.ops.onednn.qlinear_pointwise.default
-    few = _few_rows(blocked, q, scale, bias, out_dtype)
 
-    def many(x: Tensor) -> Tensor:
+    def onednn(x: Tensor) -> Tensor:
         # oneDNN knows one scale for all of x: it gets 1, and the rows' own scales come afterwards.
         rows, row_scale = kernels.quantize_rows(x)
         y: Tensor = multiply(
@@ -64,36 +74,40 @@ def int8_linear(
         )
         return kernels.scale_rows_(y, row_scale, bias).to(out_dtype)
 
-    return _by_rows(few, many)
+    return onednn
 
 
-def _by_rows(few: Linear | None, many: Linear) -> Linear:
-    # The closure keeps `many` alive, and with it the tensors of which `few` has only addresses.
-    return many if few is None else lambda x: few(x) if x.shape[0] <= FEW_ROWS else many(x)
-
-
-def _few_rows(
-    blocked: Tensor,
+def _on_tiles(
     weight: Tensor,
+    pack: Callable[[Tensor], Tensor],
     scale: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Linear | None:
     """Our kernel on oneDNN's pack of this weight; None where it cannot be used."""
-    if not _is_expected(blocked, weight):
+    if not len(weight) or weight.shape[1] * weight.element_size() % 64:
+        return None
+    width = 64 if weight.dtype == torch.int8 else 32  # output features of a block
+    padded = functional.pad(weight, (0, 0, 0, -len(weight) % width))
+    blocked = pack(padded)
+    if not _is_expected(blocked, padded, width):
         return None
     address: int = torch.ops.mkldnn.data_ptr(blocked)
-    rows, cols = weight.shape
-    return kernels.few_rows_linear(address, rows, cols, scale, bias, out_dtype)
+    run = kernels.amx_linear(address, len(weight), weight.shape[1], scale, bias, out_dtype)
+    if run is None:
+        return None
+    used = (blocked, scale, bias)  # the kernel has only their addresses
+
+    def linear(x: Tensor, _used: object = used) -> Tensor:
+        return run(x)
+
+    return linear
 
 
-def _is_expected(blocked: Tensor, weight: Tensor) -> bool:
+def _is_expected(blocked: Tensor, weight: Tensor, width: int) -> bool:
     """Whether the pack's first and last blocks are in the layout that `csrc/linear.c` reads."""
     together = 4 // weight.element_size()  # input features that lie side by side
-    width = 64 if together == 4 else 32  # output features of a block
     rows, cols = weight.shape
-    if rows % width or cols * weight.element_size() % 64 or not rows:
-        return False
     block_bytes = width * cols * weight.element_size()
     address: int = torch.ops.mkldnn.data_ptr(blocked)
     for first in (0, rows - width):

@@ -326,7 +326,7 @@ def argmax(logits: Tensor) -> Tensor:
     return out
 
 
-def few_rows_linear(
+def amx_linear(
     address: int,
     out_features: int,
     in_features: int,
@@ -334,7 +334,7 @@ def few_rows_linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Callable[[Tensor], Tensor] | None:
-    """See `reference.few_rows_linear`."""
+    """See `reference.amx_linear`."""
     if not _HAS_AMX:
         return None
     run = _linear_bf16 if scale is None else _linear_int8

@@ -238,7 +238,7 @@ def argmax(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def few_rows_linear(
+def amx_linear(
     address: int,
     out_features: int,
     in_features: int,
@@ -246,7 +246,7 @@ def few_rows_linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Callable[[Tensor], Tensor] | None:
-    """A layer for few rows of bfloat16 on weights that oneDNN has packed (`linear`).
+    """A layer for bfloat16 rows on weights that oneDNN has packed (see `linear`).
 
     Args:
         address: of the pack, which the caller keeps alive, as it keeps `scale` and `bias`.

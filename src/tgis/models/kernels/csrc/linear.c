@@ -1,10 +1,12 @@
-// Linear layers for few rows on AMX tiles: the weights stream through once, at memory speed.
+// Linear layers on AMX tiles. Few rows: the weights stream through once, at memory speed. Many: a
+// strip of weights stays in the first cache, and some rows of x in the second.
 //
-// Reads oneDNN's own packed weights, so that oneDNN serves many rows from the same memory:
+// The weights are packed as oneDNN packs them; the caller has checked that they are:
 //   bfloat16  [out / 32][in / 2][32][2]      int8  [out / 64][in / 4][64][4]
-// The caller has checked that the pack is that. For more than a few dozen rows arithmetic, not
-// memory, is the limit, and oneDNN's blocking for caches wins.
+// with `out` rounded up, and `in` a multiple of 32 (bfloat16) or 64 (int8).
+// A row's sums are always added in the same order: its result does not depend on other rows.
 
+#include <omp.h>
 #include <stdlib.h>
 
 #include "quantize.h"
@@ -22,7 +24,8 @@ struct linear_args {
 
 #ifdef HAVE_TILES
 
-#define BLOCK_ROWS 32  // rows of x at a time: two tiles
+#define BLOCK_ROWS 32      // rows of x at a time: two tiles
+#define X_BYTES (1 << 19)  // of x that are worked on together
 
 // Tiles 0, 1: sums of the first 16 rows by 2 x 16 outputs; 2, 3: of the next 16 rows. 4, 5: x of
 // these rows; 6, 7: weights.
@@ -42,9 +45,9 @@ INLINE void prefetch(const char *p, int64_t bytes) {
 }
 
 // Sums of up to 32 rows by 32 outputs over all of `in`. A step takes 64 bytes of each row of x, and
-// 16 rows of weights, which lie `stride` bytes apart.
+// 16 rows of weights, which lie `stride` bytes apart. `first`: the weights are not cached yet.
 INLINE void tile_sums(const char *x, int64_t x_stride, const char *w, int64_t stride,
-                      int64_t steps, int two, int int8, void *sums) {
+                      int64_t steps, int two, int int8, int first, void *sums) {
   _tile_zero(0);
   _tile_zero(1);
   if (two) {
@@ -52,7 +55,7 @@ INLINE void tile_sums(const char *x, int64_t x_stride, const char *w, int64_t st
     _tile_zero(3);
   }
   for (int64_t k = 0; k < steps; k++, x += 64, w += 16 * stride) {
-    prefetch(w, 16 * stride);  // all lines of the step at once, before tile by tile
+    if (first) prefetch(w, 16 * stride);  // all lines of the step at once, before tile by tile
     _tile_loadd(4, x, x_stride);
     if (two) _tile_loadd(5, x + 16 * x_stride, x_stride);
     _tile_loadd(6, w, stride);
@@ -88,80 +91,86 @@ struct operands {
   int64_t row_bytes;
 };
 
-// Scales, bias: from the sums to `out`.
+// Scales, bias: from the sums to `out`. The last block may be wider than what is left of `out`.
 INLINE void finish(const struct linear_args *a, const struct operands *o, int32_t sums[][32],
                    int64_t row, int64_t rows, int64_t col, int int8) {
+  const int64_t n = a->out_features, end = min64(32, n - col);
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < 32; c += VL) {
+    for (int64_t c = 0; c < end; c += VL) {
       vf y;
       if (int8) {
         vi s;
         memcpy(&s, &sums[r][c], sizeof s);
-        y = __builtin_convertvector(s, vf) * o->x_scale[row + r] * load(a->w_scale + col + c, 0);
+        y = __builtin_convertvector(s, vf) * o->x_scale[row + r] * load_at(a->w_scale, col + c, n, 0);
       } else {
         y = load(&sums[r][c], 0);
       }
-      if (a->bias) y += load(at(a->bias, col + c, 1), 1);
-      const int64_t to = (row + r) * a->out_features + col + c;
+      if (a->bias) y += load_at(a->bias, col + c, n, 1);
+      void *out = (char *)at(a->out, (row + r) * n, a->out_bf16);
       if (a->out_bf16)
-        store((char *)at(a->out, to, 1), y, 1);
+        store_at(out, col + c, n, y, 1);
       else
-        store((char *)at(a->out, to, 0), y, 0);
+        store_at(out, col + c, n, y, 0);
     }
 }
 
-// One block of the packed weights, for all rows. Returns the rows that the tiles are set up for.
+// One block of the packed weights for rows begin .. end. Returns how many rows the tiles are set up
+// for.
 INLINE int64_t block(const struct linear_args *a, const struct operands *o, int64_t b,
-                     int64_t configured, int int8) {
+                     int64_t begin, int64_t end, int64_t configured, int int8) {
   const int64_t width = int8 ? 64 : 32, steps = o->row_bytes / 64;
-  for (int64_t row = 0; row < a->rows; row += BLOCK_ROWS) {
-    const int64_t rows = min64(BLOCK_ROWS, a->rows - row);
-    const char *x = o->x + row * o->row_bytes;
-    if (rows != configured) configure(configured = rows);
-    for (int64_t half = 0; half < width; half += 32) {
+  for (int64_t half = 0; half < width; half += 32) {
+    const char *w = (const char *)a->weight + b * width * o->row_bytes + half * 4;
+    for (int64_t row = begin; row < end; row += BLOCK_ROWS) {
+      const int64_t rows = min64(BLOCK_ROWS, end - row);
+      const char *x = o->x + row * o->row_bytes;
       int32_t sums[BLOCK_ROWS][32] __attribute__((aligned(64)));
-      const char *w = (const char *)a->weight + b * width * o->row_bytes + half * 4;
+      if (rows != configured) configure(configured = rows);
       if (rows > 16)
-        tile_sums(x, o->row_bytes, w, width * 4, steps, 1, int8, sums);
+        tile_sums(x, o->row_bytes, w, width * 4, steps, 1, int8, row == begin, sums);
       else
-        tile_sums(x, o->row_bytes, w, width * 4, steps, 0, int8, sums);
+        tile_sums(x, o->row_bytes, w, width * 4, steps, 0, int8, row == begin, sums);
       finish(a, o, sums, row, rows, b * width + half, int8);
     }
   }
   return configured;
 }
 
-// Threads take runs of blocks as they come to them: one that is held up holds up nobody else.
+// All blocks, for as many rows of x at a time as stay in the cache beside them. Threads take runs of
+// blocks as they come to them: one that is held up holds up nobody else.
+INLINE void blocks(const struct linear_args *a, const struct operands *o, int int8) {
+  const int64_t width = int8 ? 64 : 32, count = (a->out_features + width - 1) / width;
+  const int64_t chunk = max64(1, count / (8 * omp_get_num_threads()));
+  const int64_t together = max64(BLOCK_ROWS, X_BYTES / o->row_bytes / BLOCK_ROWS * BLOCK_ROWS);
+  int64_t configured = 0;
+  for (int64_t row = 0; row < a->rows; row += together) {
+    const int64_t end = min64(row + together, a->rows);
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t b = 0; b < count; b++) configured = block(a, o, b, row, end, configured, int8);
+  }
+  if (configured) _tile_release();
+}
+
 EXPORT int tgis_linear_bf16(const struct linear_args *args) {
   const struct linear_args a = *args;
   const struct operands o = {a.x, NULL, a.in * 2};
-  const int64_t blocks = a.out_features / 32, chunk = max64(1, blocks / 16);
 #pragma omp parallel
-  {
-    int64_t configured = 0;
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t b = 0; b < blocks; b++) configured = block(&a, &o, b, configured, 0);
-    if (configured) _tile_release();
-  }
+  blocks(&a, &o, 0);
   return 0;
 }
 
 EXPORT int tgis_linear_int8(const struct linear_args *args) {
   const struct linear_args a = *args;
-  float *scale = malloc(a.rows * (sizeof *scale + a.in));
+  float *scale = malloc(a.rows * (sizeof *scale + a.in) + 1);
   if (!scale) return ERROR_MEMORY;
   int8_t *q = (int8_t *)(scale + a.rows);
   const struct operands o = {(const char *)q, scale, a.in};
-  const int64_t blocks = a.out_features / 64, chunk = max64(1, blocks / 16);
 #pragma omp parallel
   {
-    int64_t configured = 0;
 #pragma omp for
     for (int64_t r = 0; r < a.rows; r++)
       scale[r] = quantize_row(at(a.x, r * a.in, 1), q + r * a.in, a.in, 1);
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t b = 0; b < blocks; b++) configured = block(&a, &o, b, configured, 1);
-    if (configured) _tile_release();
+    blocks(&a, &o, 1);
   }
   free(scale);
   return 0;
