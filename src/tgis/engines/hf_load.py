@@ -57,18 +57,15 @@ def load_model(
                 use_safetensors=True,
                 dtype=dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused here
                 **arguments,
             )
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
+        except Exception as error:  # whatever a model's code makes of its configuration
             asked = f" with TRANSFORMERS_ATTN_IMPL = {attention}" if attention else ""
             raise ModelError(
                 f"Model {files.name}: Transformers cannot load it{asked}: {_first_line(error)}"
             ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"Model {files.name}: weight {missing[0]} does not exist"
-            f" ({len(missing)} are missing in the files)"
-        )
+    _check_weights(files.name, info)
     return model
 
 
@@ -91,6 +88,20 @@ def choose_class(files: ModelFiles, trust_remote_code: bool) -> str:
             raise remote_code_refusal(files.name)
         return name
     raise ModelError(f"Model {files.name}: Unsupported model type {files.model_type}")
+
+
+def _check_weights(name: str, info: Any) -> None:
+    if mismatched := sorted(info["mismatched_keys"]):
+        weight, in_files, expected = mismatched[0]
+        raise ModelError(
+            f"Model {name}: weight {weight} has shape {list(in_files)},"
+            f" but config.json asks for {list(expected)}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"Model {name}: weight {missing[0]} does not exist"
+            f" ({len(missing)} are missing in the files)"
+        )
 
 
 def _attention(config: Config) -> str | None:
