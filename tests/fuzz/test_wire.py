@@ -27,7 +27,9 @@ class Validating:
 
 
 async def test_no_message_disturbs_the_server():
-    server = GrpcServer(Config(model_name="x", host="127.0.0.1", grpc_port=0))
+    server = GrpcServer(
+        Config(model_name="x", host="127.0.0.1", grpc_port=0), is_serving=lambda: True
+    )
     server.add_service(GENERATION_SERVICE, Validating())
     port = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -83,9 +83,10 @@ def _examine_length(params: Params, limits: Limits, rng: random.Random) -> str:
     try:
         length = fit_length(num_input, prefix, params, limits)
     except InvalidRequest:
-        needed = num_input + prefix + max(1, params.sampling.min_new_tokens)
-        assert needed > limits.max_sequence_length
-        return "does not fit"
+        used = num_input + prefix
+        needed = used + max(1, params.sampling.min_new_tokens)
+        assert used == 0 or needed > limits.max_sequence_length
+        return "does not fit" if used else "nothing to continue"
     check_length(length, num_input + prefix, params, limits)
     return "token limited" if length.token_limited else "accepted"
 

@@ -81,6 +81,9 @@ def openmp_runtime() -> Path:
         raise BuildError("the loaded OpenMP runtime cannot be determined") from error
     paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "/lib" in line}
     found = [path for path in paths if Path(path).name.startswith(("libgomp", "libiomp"))]
+    # Other packages may have brought runtimes of their own; torch's is the one that computes.
+    own = [path for path in found if Path(torch.__file__).parent in Path(path).parents]
+    found = own or found
     if len(found) != 1:
         raise BuildError(f"{len(found)} OpenMP runtimes are loaded, not one")
     return Path(found[0])
