@@ -1,0 +1,1 @@
+"""Train the small LLaMA-architecture model that ships inside ``tgis.demo``."""
