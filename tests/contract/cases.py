@@ -12,6 +12,7 @@ A file is a mapping:
 is written by `python -m tests.contract.generate`, never by hand and never by the server.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -90,6 +91,11 @@ def model_directory(name: str) -> Path | None:
     shared = Path(os.environ.get("TGIS_SHARED", ROOT.parent / "shared"))
     path = DEMO if name == "demo" else shared / "models" / name
     return path if (path / "model.safetensors").exists() else None
+
+
+def weights_of(directory: Path) -> str:
+    """A name of a model's weights: expectations hold for these only."""
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def case_files() -> list[CaseFile]:

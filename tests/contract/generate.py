@@ -5,7 +5,6 @@ another machine, or in another batch, it could come out differently and still be
 """
 
 import argparse
-import hashlib
 import math
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from tests.contract.cases import CaseFile, Json, case_files, write
+from tests.contract.cases import CaseFile, Json, case_files, weights_of, write
 from tests.contract.oracle import VERSION, Oracle, RejectedError
 from tests.contract.oracle.logits import Margins
 
@@ -72,7 +71,7 @@ def regenerate(file: CaseFile, scratch: Path) -> list[str]:
         "oracle": VERSION,
         "torch": torch.__version__.split("+")[0],
         "transformers": transformers.__version__,
-        "weights": hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()[:16],
+        "weights": weights_of(directory),
     }
     if not complaints:
         write(CaseFile(file.path, head | {"made_by": made_by, "cases": cases}))
