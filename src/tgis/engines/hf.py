@@ -13,6 +13,7 @@ from tgis.config import Config
 from tgis.engines import hf_state
 from tgis.engines.base import EngineCaps
 from tgis.engines.hf_load import load_model
+from tgis.engines.hf_positions import number_tokens
 from tgis.engines.hf_state import HfState
 from tgis.engines.padded import Inputs, PaddedEngine
 from tgis.engines.probe import choose_batching
@@ -69,6 +70,7 @@ class HfNetwork:
         self._takes_positions = "position_ids" in accepted
         self._keeps_logits = "logits_to_keep" in accepted
         self._is_seq2seq = bool(model.config.is_encoder_decoder)
+        self._positions = number_tokens(model) if self._is_seq2seq else None
 
     def forward(self, inputs: Inputs, state: HfState | None) -> tuple[Tensor, HfState]:
         """See `Network.forward`."""
@@ -85,6 +87,8 @@ class HfNetwork:
                 arguments["position_ids"] = inputs.positions
         if self._keeps_logits and not inputs.all_logits:
             arguments["logits_to_keep"] = 1
+        if self._positions is not None:
+            self._positions.positions = None if inputs.mask is None else inputs.positions
         if state is not None:
             arguments[state.name] = state.cache
         prepared = self._model.prepare_inputs_for_generation(
@@ -139,12 +143,10 @@ def _caps(
 
 def _max_positions(model: Any) -> int | None:
     """Positions of a model that has a table of them; None for one that computes them."""
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    tables += [name for name, _ in model.named_buffers() if name.endswith(".embed_positions")]
+    if not any("position" in name or name.endswith(".wpe") for name in tables):
+        return None
     config = model.config.get_text_config(decoder=True)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding):
-            continue
-        last = name.rpartition(".")[2]
-        if last == "wpe" or "position" in last:
-            sizes = (getattr(config, key, None) for key in _POSITION_KEYS)
-            return next((size for size in sizes if size), module.num_embeddings)
-    return None
+    sizes = (getattr(config, key, None) for key in _POSITION_KEYS)
+    return next((size for size in sizes if size), None)
