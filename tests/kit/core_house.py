@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.kit.fake_engine import VOCAB, FakeEngine
+from tests.kit.fake_engine import FakeEngine
 
 from tgis.core.budget import PagedBudget
 from tgis.core.kv.rows import RowsMemory
 from tgis.core.link import FrontLink
 from tgis.core.loop import Core
 from tgis.core.scheduler import Scheduler
-from tgis.engines.base import CacheShape
+from tgis.engines.base import CacheShape, Engine
 from tgis.sampling.sampler import Sampler
 from tgis.types import FinishReason
 from tgis.wire import Abort, Add, Decoder, Failed, Gauges, Out, ToFront, encode
@@ -104,14 +104,21 @@ class House:
 
 @contextmanager
 def open_house(
-    directory: Path, slots: int = SLOTS, tokens: int = 200, budget: int = 16
+    directory: Path,
+    slots: int = SLOTS,
+    tokens: int = 200,
+    budget: int = 16,
+    *,
+    engine: Engine | None = None,
+    caching: bool = True,
 ) -> Iterator[House]:
-    """A core and no front yet."""
+    """A core and no front yet; an engine of one's own must have its cache allocated."""
     path = directory / "core.sock"
     link = FrontLink(path)
-    engine = FakeEngine()
-    engine.allocate(CacheShape(2 * slots, 64))
-    memory = RowsMemory(2 * slots, tokens)
+    fake = FakeEngine()
+    fake.allocate(CacheShape(2 * slots, 64))
+    engine = engine or fake
+    memory = RowsMemory(2 * slots, tokens, caching=caching)
     scheduler = Scheduler(
         memory,
         PagedBudget(tokens, horizon=16),
@@ -120,8 +127,9 @@ def open_house(
         eos_token_ids=[],
     )
     now = [0.0]
-    core = Core(engine, Sampler(VOCAB, ()), scheduler, link, Pulse(), clock=lambda: now[0])
-    house = House(path, link, core, engine, scheduler, memory, now)
+    sampler = Sampler(engine.caps.vocab_size, ())
+    core = Core(engine, sampler, scheduler, link, Pulse(), clock=lambda: now[0])
+    house = House(path, link, core, fake, scheduler, memory, now)
     try:
         yield house
     finally:

@@ -87,8 +87,8 @@ def _note(result: Run, part: StepPlan, error: Exception) -> None:
 
 def _split(plan: StepPlan) -> tuple[StepPlan, StepPlan]:
     """Two parts, the one to be run first last."""
-    decoding = [row for row in plan.rows if len(row.token_ids) == 1]
-    prefilling = [row for row in plan.rows if len(row.token_ids) > 1]
+    decoding = [row for row in plan.rows if row.num_tokens == 1]
+    prefilling = [row for row in plan.rows if row.num_tokens > 1]
     if not decoding or not prefilling:
         half = (len(plan.rows) + 1) // 2
         decoding, prefilling = plan.rows[:half], plan.rows[half:]
