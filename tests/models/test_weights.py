@@ -133,9 +133,10 @@ def test_heads_that_do_not_divide(tmp_path: Path, name: str, ranks: int, message
     assert message in str(caught.value)
 
 
-def test_more_ranks_than_vocabulary_blocks() -> None:
-    parts = [Shard(rank, 4).blocks(5) for rank in range(4)]
-    assert parts == [(0, 2), (2, 4), (4, 5), (5, 5)]
+def test_blocks_of_a_vocabulary() -> None:
+    assert [Shard(rank, 4).blocks(7) for rank in range(4)] == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    with pytest.raises(ModelError, match="`vocab_size`: 5 and `num_shards`: 4"):
+        Shard(0, 4).blocks(5)
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from tgis.engines.plan import StepPlan
 from tgis.errors import ConfigError
 from tgis.hub.safetensors import Progress, open_checkpoint
 from tgis.models import kernels
+from tgis.models.collectives import Group
 from tgis.models.decoder import Decoder
 from tgis.models.families import read_spec
 from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.model_config import ModelConfig
-from tgis.models.parallel import Shard
 from tgis.models.rotary import rotary_table
-from tgis.models.spec import DecoderSpec, Rotary
+from tgis.models.spec import Rotary
 from tgis.models.weights import Weights
 from tgis.types import ModelKind
 
@@ -33,6 +33,7 @@ def load(
     config: Mapping[str, Any],
     dtype: torch.dtype,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> "NativeEngine":
     """Load a decoder-only model of a known family.
 
@@ -41,6 +42,7 @@ def load(
         config: the model's `config.json`.
         dtype: of weights, arithmetic and cache.
         progress: told of bytes loaded and bytes in all.
+        group: the ranks among which the model is split; None = it is not.
 
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
@@ -50,10 +52,10 @@ def load(
     model_config.require("quantization_config", None)
     spec, names = read_spec(model_config)
     checkpoint = open_checkpoint(model_dir, progress)
-    shard = Shard()
+    group = group or Group()
     try:
-        weights = Weights(checkpoint, spec, names, shard, dtype)
-        return NativeEngine(Decoder(spec, names, weights, shard, dtype))
+        weights = Weights(checkpoint, spec, names, group.shard, dtype)
+        return NativeEngine(Decoder(spec, names, weights, group, dtype))
     finally:
         checkpoint.close()
 
@@ -63,7 +65,9 @@ class NativeEngine:
 
     def __init__(self, decoder: Decoder) -> None:
         spec = decoder.spec
+        first, last = decoder.group.shard.kv_heads(spec)
         self._decoder = decoder
+        self._num_kv_heads = last - first
         self._cache: RowsCache | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.caps = EngineCaps(
@@ -73,7 +77,11 @@ class NativeEngine:
             chunked_prefill=True,
             vocab_size=spec.vocab_size,
             max_positions=spec.max_positions,
-            kv_bytes_per_token=_kv_bytes_per_token(spec, decoder.dtype),
+            kv_bytes_per_token=2
+            * spec.num_layers
+            * self._num_kv_heads
+            * spec.head_dim
+            * decoder.dtype.itemsize,
             dtype=str(decoder.dtype).removeprefix("torch."),
             kv_granule=page_tokens(spec.head_dim, decoder.dtype),
         )
@@ -93,7 +101,7 @@ class NativeEngine:
         self._cache = RowsCache(
             num_layers=spec.num_layers,
             num_slots=shape.num_slots,
-            num_kv_heads=spec.num_kv_heads,
+            num_kv_heads=self._num_kv_heads,
             slot_tokens=shape.slot_tokens,
             head_dim=spec.head_dim,
             dtype=self._decoder.dtype,
@@ -105,12 +113,14 @@ class NativeEngine:
     def forward(self, plan: StepPlan) -> Tensor:
         """See `Engine.forward`."""
         assert self._cache is not None, "allocate comes before forward"
-        for copy in plan.copies:
-            self._cache.copy(copy.source, copy.target, copy.num_tokens)
-        tokens = NewTokens()
-        for row in plan.rows:
-            tokens.add(row.slot, row.token_ids, row.start, row.num_logits)
-        with allocations():
+        sums = self._decoder.sums(plan.num_tokens)
+        vocab_size = self.caps.vocab_size
+        with self._decoder.group.step(sums, plan.num_logits, vocab_size), allocations():
+            for copy in plan.copies:
+                self._cache.copy(copy.source, copy.target, copy.num_tokens)
+            tokens = NewTokens()
+            for row in plan.rows:
+                tokens.add(row.slot, row.token_ids, row.start, row.num_logits)
             return self._decoder.forward(tokens.inputs(self._rotary), self._cache)
 
     def release(self, slots: Sequence[int]) -> None:
@@ -134,7 +144,3 @@ def allocations() -> Iterator[None]:
         if not found:
             raise
         raise MemoryError(f"no memory for a step: {size}") from error
-
-
-def _kv_bytes_per_token(spec: DecoderSpec, dtype: torch.dtype) -> int:
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize

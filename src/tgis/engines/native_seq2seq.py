@@ -13,11 +13,11 @@ from tgis.engines.native import allocations
 from tgis.engines.plan import Row, StepPlan
 from tgis.hub.safetensors import Progress, open_checkpoint
 from tgis.models import kernels
+from tgis.models.collectives import Group
 from tgis.models.families.t5 import read_seq2seq_spec
 from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.model_config import ModelConfig
-from tgis.models.parallel import Shard
 from tgis.models.seq2seq import Caches, Seq2Seq
 from tgis.models.seq2seq_weights import Seq2SeqWeights
 from tgis.types import ModelKind
@@ -30,6 +30,7 @@ def load(
     config: Mapping[str, Any],
     dtype: torch.dtype,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> "NativeSeq2SeqEngine":
     """Load an encoder-decoder model of a known family.
 
@@ -38,6 +39,7 @@ def load(
         config: the model's `config.json`.
         dtype: of weights, arithmetic and cache.
         progress: told of bytes loaded and bytes in all.
+        group: the ranks among which the model is split; None = it is not.
 
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
@@ -47,9 +49,10 @@ def load(
     model_config.require("quantization_config", None)
     spec = read_seq2seq_spec(model_config)
     checkpoint = open_checkpoint(model_dir, progress)
+    group = group or Group()
     try:
-        weights = Seq2SeqWeights(checkpoint, spec, Shard(), dtype)
-        return NativeSeq2SeqEngine(Seq2Seq(spec, weights, dtype))
+        weights = Seq2SeqWeights(checkpoint, spec, group.shard, dtype)
+        return NativeSeq2SeqEngine(Seq2Seq(spec, weights, group, dtype))
     finally:
         checkpoint.close()
 
@@ -74,7 +77,7 @@ class NativeSeq2SeqEngine:
             max_positions=None,
             kv_bytes_per_token=2
             * spec.num_decoder_layers
-            * spec.num_heads
+            * network.num_heads
             * spec.head_dim
             * network.dtype.itemsize,
             dtype=str(network.dtype).removeprefix("torch."),
@@ -90,8 +93,13 @@ class NativeSeq2SeqEngine:
         """See `Engine.forward`."""
         assert self._caches is not None, "allocate comes before forward"
         assert not plan.copies, "what a decoder has computed depends on its input"
-        with allocations():
-            self._encode([row for row in plan.rows if row.start == 0], self._caches)
+        new = [row for row in plan.rows if row.start == 0]
+        num_encoded = sum(len(row.encoder_ids or []) for row in new)
+        num_tokens = sum(len(row.token_ids) for row in plan.rows)
+        sums = self._network.sums(num_encoded, num_tokens)
+        vocab_size = self.caps.vocab_size
+        with self._network.group.step(sums, plan.num_logits, vocab_size), allocations():
+            self._encode(new, self._caches)
             tokens = NewTokens()
             for row in plan.rows:
                 tokens.add(row.slot, row.token_ids, row.start, row.num_logits)
@@ -121,7 +129,7 @@ class NativeSeq2SeqEngine:
         return RowsCache(
             num_layers=spec.num_decoder_layers,
             num_slots=shape.num_slots,
-            num_kv_heads=spec.num_heads,
+            num_kv_heads=self._network.num_heads,
             slot_tokens=shape.slot_tokens,
             head_dim=spec.head_dim,
             dtype=self._network.dtype,

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tgis.models.attention.rows import RowsAttention, operators
+from tgis.models.collectives import Group, PartialSum
 from tgis.models.families.base import TensorNames
 from tgis.models.inputs import StepInputs
 from tgis.models.kv_cache import LayerCache, RowsCache
-from tgis.models.parallel import Shard
+from tgis.models.parallel import VocabularyTable
 from tgis.models.spec import DecoderSpec, Learned, Topology
 from tgis.models.weights import NormWeights, Weights
 from tgis.quant.linear import Linear
@@ -39,13 +40,14 @@ class Block:
     activation: Callable[[Tensor], Tensor]
     mlp_out: Linear
     multiplier: float  # of what the block adds to the stream
+    complete: Callable[[Tensor], Tensor]  # sums over the ranks, in place
 
     def attend(self, x: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
-        """Attention, [T, hidden] -> [T, hidden]."""
+        """Attention, [T, hidden] -> [T, hidden], this rank's part of the sum."""
         return self._scaled(self.attention_out(self.attention(self.qkv(x), cache, inputs)))
 
     def mlp(self, x: Tensor) -> Tensor:
-        """The MLP, [T, hidden] -> [T, hidden]."""
+        """The MLP, [T, hidden] -> [T, hidden], this rank's part of the sum."""
         return self._scaled(self.mlp_out(self.activation(self.mlp_in(x))))
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -60,20 +62,22 @@ class Decoder:
         spec: DecoderSpec,
         names: TensorNames,
         weights: Weights,
-        shard: Shard,
+        group: Group,
         dtype: torch.dtype,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
+        self.group = group
         ops = operators(dtype)
-        self._embedding = weights.embedding()
-        self._head = weights.head(self._embedding)  # now: the largest, while memory is free
+        embedding = weights.embedding()
+        self._embedding = VocabularyTable(embedding, group.shard, spec.vocab_size)
+        self._head = weights.head(embedding)  # now: the largest, while memory is free
         self._positions = weights.positions()
         self._embedding_norm = None
         if spec.embedding_norm and names.embedding_norm is not None:
             self._embedding_norm = _norm(ops, spec, weights.outer_norm(names.embedding_norm))
         self._blocks = [
-            _load_block(spec, names, weights, shard, layer, dtype)
+            _load_block(spec, names, weights, group, layer, dtype)
             for layer in range(spec.num_layers)
         ]
         self._run_block = TOPOLOGIES[spec.topology]
@@ -84,7 +88,8 @@ class Decoder:
         """Compute one step and extend the cache.
 
         Returns:
-            Logits after the tokens `inputs.logits_index`, float32 [N, vocab].
+            Logits after the tokens `inputs.logits_index`, float32 [N, vocab]; on ranks other than
+            the first, nothing of use.
         """
         stream = self._embed(inputs)
         addition: Tensor | None = None
@@ -92,8 +97,14 @@ class Decoder:
             addition = self._run_block(block, stream, addition, layer_cache, inputs)
         return self._logits(stream, addition, inputs.logits_index)
 
+    def sums(self, num_tokens: int) -> list[PartialSum]:
+        """What a step of so many tokens sums over the ranks: embeddings, then in every block."""
+        per_block = 2 if self.spec.topology == "sequential" else 1
+        whole = PartialSum((num_tokens, self.spec.hidden_size), self.dtype)
+        return [whole] * (1 + per_block * self.spec.num_layers)
+
     def _embed(self, inputs: StepInputs) -> Tensor:
-        x = functional.embedding(inputs.token_ids, self._embedding)
+        x = self.group.sum_(self._embedding(inputs.token_ids))
         if self.spec.embedding_multiplier != 1.0:
             x.mul_(self.spec.embedding_multiplier)
         if isinstance(self.spec.positions, Learned) and self._positions is not None:
@@ -102,12 +113,14 @@ class Decoder:
         return x if self._embedding_norm is None else self._embedding_norm(x, None)
 
     def _logits(self, stream: Tensor, addition: Tensor | None, index: Tensor) -> Tensor:
-        if not len(index):
-            return torch.empty(0, self.spec.vocab_size)
         if len(index) < len(stream):
             stream = stream.index_select(0, index)
             addition = None if addition is None else addition.index_select(0, index)
-        logits = self._head(self._final_norm(stream, addition)).float()
+        if len(index):
+            logits = self._head(self._final_norm(stream, addition))
+        else:
+            logits = stream.new_empty(0, self._embedding.num_rows)
+        logits = self.group.gather(logits, self.spec.vocab_size).float()
         if self.spec.logits_multiplier != 1.0:
             logits.mul_(self.spec.logits_multiplier)
         return logits
@@ -116,9 +129,9 @@ class Decoder:
 def _sequential(
     block: Block, stream: Tensor, addition: Tensor | None, cache: LayerCache, inputs: StepInputs
 ) -> Tensor:
-    attended = block.attend(block.attention_norm(stream, addition), cache, inputs)
+    attended = block.complete(block.attend(block.attention_norm(stream, addition), cache, inputs))
     assert block.mlp_norm is not None
-    return block.mlp(block.mlp_norm(stream, attended))
+    return block.complete(block.mlp(block.mlp_norm(stream, attended)))
 
 
 def _parallel(
@@ -126,14 +139,14 @@ def _parallel(
 ) -> Tensor:
     attended = block.attend(block.attention_norm(stream, addition), cache, inputs)
     assert block.mlp_norm is not None
-    return attended.add_(block.mlp(block.mlp_norm(stream, None)))
+    return block.complete(attended.add_(block.mlp(block.mlp_norm(stream, None))))
 
 
 def _shared(
     block: Block, stream: Tensor, addition: Tensor | None, cache: LayerCache, inputs: StepInputs
 ) -> Tensor:
     x = block.attention_norm(stream, addition)
-    return block.attend(x, cache, inputs).add_(block.mlp(x))
+    return block.complete(block.attend(x, cache, inputs).add_(block.mlp(x)))
 
 
 RunBlock = Callable[[Block, Tensor, Tensor | None, LayerCache, StepInputs], Tensor]
@@ -150,7 +163,7 @@ def _load_block(
     spec: DecoderSpec,
     names: TensorNames,
     weights: Weights,
-    shard: Shard,
+    group: Group,
     layer: int,
     dtype: torch.dtype,
 ) -> Block:
@@ -162,13 +175,14 @@ def _load_block(
     return Block(
         attention_norm=_norm(ops, spec, weights.block_norm(layer, names.attention_norm)),
         qkv=weights.qkv(layer),
-        attention=RowsAttention(spec, shard, layer, dtype, q_norm, k_norm),
+        attention=RowsAttention(spec, group.shard, layer, dtype, q_norm, k_norm),
         attention_out=weights.attention_out(layer),
         mlp_norm=mlp_norm,
         mlp_in=weights.mlp_in(layer),
         activation=_activation(ops, spec),
         mlp_out=weights.mlp_out(layer),
         multiplier=spec.residual_multiplier,
+        complete=group.sum_,
     )
 
 

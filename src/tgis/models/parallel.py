@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+from torch.nn import functional
+
 from tgis.errors import ModelError
 from tgis.models.spec import DecoderSpec
 
@@ -31,9 +34,18 @@ class Shard:
         return self.rank * part, (self.rank + 1) * part
 
     def blocks(self, total: int) -> Span:
-        """This rank's part of `total` rows of a vocabulary: equal blocks, the last ones shorter."""
+        """This rank's part of `total` rows of a vocabulary: equal blocks, the last one shorter.
+
+        Raises:
+            ModelError: nothing would be left for the last rank.
+        """
         part = -(-total // self.world_size)
-        return min(self.rank * part, total), min((self.rank + 1) * part, total)
+        if part * (self.world_size - 1) >= total:
+            raise ModelError(
+                f"`vocab_size` is too small for `num_shards`"
+                f" (got `vocab_size`: {total} and `num_shards`: {self.world_size})"
+            )
+        return self.rank * part, min((self.rank + 1) * part, total)
 
     def query_heads(self, spec: DecoderSpec) -> Span:
         """Query heads that this rank computes."""
@@ -49,3 +61,36 @@ class Shard:
             head = self.rank * spec.num_kv_heads // self.world_size
             return head, head + 1
         return self.even(spec.num_kv_heads, "num_key_value_heads")
+
+
+class VocabularyTable:
+    """Embeddings of which each rank holds a block of rows; those of others are zeros here.
+
+    Args:
+        rows: [this rank's rows, hidden].
+        total: rows of the whole table.
+    """
+
+    def __init__(self, rows: Tensor, shard: Shard, total: int) -> None:
+        self._rows = rows
+        self._first, self._last = shard.blocks(total)
+        self._total = total
+
+    @property
+    def num_rows(self) -> int:
+        """This rank's rows."""
+        return self._last - self._first
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """This rank's part of the sum over ranks, [T] -> [T, hidden].
+
+        Raises:
+            IndexError: an id beyond the table.
+        """
+        if self.num_rows == self._total:
+            return functional.embedding(ids, self._rows)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._total:
+            raise IndexError("index out of range: a token id beyond the vocabulary")
+        elsewhere = (ids < self._first) | (ids >= self._last)
+        x = functional.embedding((ids - self._first).masked_fill_(elsewhere, 0), self._rows)
+        return x.masked_fill_(elsewhere.unsqueeze(1), 0)

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tgis.models.attention.rows import operators
+from tgis.models.collectives import Group, PartialSum
 from tgis.models.inputs import NewTokens, StepInputs
 from tgis.models.kv_cache import LayerCache, RowsCache
+from tgis.models.parallel import VocabularyTable
 from tgis.models.relative_bias import bias_table
 from tgis.models.seq2seq_spec import Seq2SeqSpec
 from tgis.models.seq2seq_weights import Seq2SeqWeights
@@ -65,12 +66,16 @@ AnyCache = LayerCache | _Scratch
 class Seq2Seq:
     """A loaded network: `encode` once per sequence, then `decode` step by step."""
 
-    def __init__(self, spec: Seq2SeqSpec, weights: Seq2SeqWeights, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: Seq2SeqSpec, weights: Seq2SeqWeights, group: Group, dtype: torch.dtype
+    ) -> None:
         self.spec = spec
         self.dtype = dtype
+        self.group = group
         self._ops = operators(dtype)
-        self._embedding = weights.embedding()
-        self._head = weights.head(self._embedding)
+        embedding = weights.embedding()
+        self._embedding = VocabularyTable(embedding, group.shard, spec.vocab_size)
+        self._head = weights.head(embedding)
         self._encoder = [
             _load_block(weights, f"encoder.block.{i}") for i in range(spec.num_encoder_layers)
         ]
@@ -82,7 +87,7 @@ class Seq2Seq:
         self._decoder_bias = table(weights.relative_bias("decoder"), bidirectional=False)
         self._encoder_norm = weights.norm("encoder.final_layer_norm")
         self._decoder_norm = weights.norm("decoder.final_layer_norm")
-        self._num_heads = len(self._encoder_bias)
+        self.num_heads = len(self._encoder_bias)  # of this rank
         weights.finish()
 
     def encode(self, slots: Sequence[int], inputs: Sequence[Sequence[int]], caches: Caches) -> None:
@@ -104,35 +109,54 @@ class Seq2Seq:
             encoder_len: int32 [S], tokens of each sequence's input.
 
         Returns:
-            Logits after the tokens `inputs.logits_index`, float32 [N, vocab].
+            Logits after the tokens `inputs.logits_index`, float32 [N, vocab]; on ranks other than
+            the first, nothing of use.
         """
-        stream = functional.embedding(inputs.token_ids, self._embedding)
+        stream = self.group.sum_(self._embedding(inputs.token_ids))
         addition: Tensor | None = None
         layers = zip(self._decoder, caches.own.layers, caches.cross.layers, strict=True)
         for block, own, cross in layers:
             x = self._norm(stream, block.norm, addition)
-            q = self._store(block.qkv(x), own, inputs, self._num_heads)
+            q = self._store(block.qkv(x), own, inputs, self.num_heads)
             bias = self._decoder_bias
-            attended = block.out(self._attend(q, own, inputs, inputs.kv_len, bias, causal=True))
+            attended = self._attend(q, own, inputs, inputs.kv_len, bias, causal=True)
+            attended = self.group.sum_(block.out(attended))
             assert block.cross is not None
             x = self._norm(stream, block.cross.norm, attended)
             q = block.cross.q(x).view(q.shape)
-            attended = block.cross.out(self._attend(q, cross, inputs, encoder_len, None, False))
+            attended = self._attend(q, cross, inputs, encoder_len, None, causal=False)
+            attended = self.group.sum_(block.cross.out(attended))
             addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended))
         return self._logits(stream, addition, inputs.logits_index)
 
+    def sums(self, num_encoded: int, num_tokens: int) -> list[PartialSum]:
+        """What a step sums over the ranks: both stacks' embeddings, then in every block.
+
+        Args:
+            num_encoded: tokens of the encoder; 0 if it has nothing to do.
+            num_tokens: of the decoder.
+        """
+
+        def stack(tokens: int, num_attentions: int, num_layers: int) -> list[PartialSum]:
+            attended = PartialSum((tokens, self.spec.hidden_size), self.dtype)
+            block = [attended] * num_attentions + [attended._replace(dtype=torch.float32)]
+            return [attended, *(block * num_layers)]
+
+        encoder = stack(num_encoded, 1, self.spec.num_encoder_layers) if num_encoded else []
+        return encoder + stack(num_tokens, 2, self.spec.num_decoder_layers)
+
     def _encoder_states(self, inputs: StepInputs, longest: int) -> Tensor:
         """[T, hidden] of whole inputs, which lie in slots 0, 1, ... of a scratch cache."""
-        shape = (len(inputs.slots), self._num_heads, longest, self.spec.head_dim)
+        shape = (len(inputs.slots), self.num_heads, longest, self.spec.head_dim)
         scratch = _Scratch(*(torch.empty(shape, dtype=self.dtype) for _ in range(2)))
-        stream = functional.embedding(inputs.token_ids, self._embedding)
+        stream = self.group.sum_(self._embedding(inputs.token_ids))
         addition: Tensor | None = None
         for block in self._encoder:
             x = self._norm(stream, block.norm, addition)
-            q = self._store(block.qkv(x), scratch, inputs, self._num_heads)
-            attended = block.out(
-                self._attend(q, scratch, inputs, inputs.kv_len, self._encoder_bias, causal=False)
-            )
+            q = self._store(block.qkv(x), scratch, inputs, self.num_heads)
+            bias = self._encoder_bias
+            attended = self._attend(q, scratch, inputs, inputs.kv_len, bias, causal=False)
+            attended = self.group.sum_(block.out(attended))
             addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended))
         return self._norm(stream, self._encoder_norm, addition)
 
@@ -158,7 +182,7 @@ class Seq2Seq:
             inputs.token_slot,
             inputs.positions,
             num_heads,
-            self._num_heads,
+            self.num_heads,
         )
         return q
 
@@ -180,18 +204,20 @@ class Seq2Seq:
     def _mlp(self, block: _Block, x: Tensor) -> Tensor:
         activate = self._ops.act_mul if self.spec.gated_mlp else self._ops.act
         inner: Tensor = activate(block.mlp_in(x), self.spec.activation)
-        return block.mlp_out(inner.float()).to(self.dtype)
+        return self.group.sum_(block.mlp_out(inner.float())).to(self.dtype)
 
     def _logits(self, stream: Tensor, addition: Tensor | None, index: Tensor) -> Tensor:
-        if not len(index):
-            return torch.empty(0, self.spec.vocab_size)
         if len(index) < len(stream):
             stream = stream.index_select(0, index)
             addition = None if addition is None else addition.index_select(0, index)
-        x = self._norm(stream, self._decoder_norm, addition)
-        if self.spec.scaled_logits:
-            x = x * self.spec.hidden_size**-0.5
-        return self._head(x).float()
+        if len(index):
+            x = self._norm(stream, self._decoder_norm, addition)
+            if self.spec.scaled_logits:
+                x = x * self.spec.hidden_size**-0.5
+            logits = self._head(x)
+        else:
+            logits = stream.new_empty(0, self._embedding.num_rows)
+        return self.group.gather(logits, self.spec.vocab_size).float()
 
 
 def _load_block(weights: Seq2SeqWeights, block: str) -> _Block:

@@ -32,21 +32,23 @@ class Seq2SeqWeights:
         self._spec = spec
         self._shard = shard
         self._dtype = dtype
-        first, last = shard.even(spec.num_heads, "num_heads")
+        first, last = shard.even(spec.num_heads, "n_heads")
         self._head_rows = (first * spec.head_dim, last * spec.head_dim)
         self._heads = slice(first, last)
+        self._vocabulary = shard.blocks(spec.vocab_size)
 
     def embedding(self) -> Tensor:
-        """Token embeddings [vocab, hidden], shared by encoder and decoder."""
-        stored = [name for name in _EMBEDDINGS if f"{name}.weight" in self._checkpoint]
-        name = stored[0] if stored else "lm_head" if self._has_head() else _EMBEDDINGS[0]
-        return self._tensor(f"{name}.weight", self._vocab_shape())
+        """Token embeddings [vocab rows of this rank, hidden], shared by encoder and decoder."""
+        names = [name for name in _EMBEDDINGS if f"{name}.weight" in self._checkpoint]
+        name = names[0] if names else "lm_head" if self._has_head() else _EMBEDDINGS[0]
+        with self._checkpoint.tensor(f"{name}.weight", self._vocab_shape()) as stored:
+            return stored[slice(*self._vocabulary)].to(self._dtype, copy=True)
 
     def head(self, embedding: Tensor) -> Linear:
-        """hidden -> logits; the embeddings' weight where no other is stored."""
+        """hidden -> logits of this rank's rows; the embeddings' weight where no other is stored."""
         if not self._has_head():
             return make_linear(embedding)
-        piece = Piece("lm_head", self._vocab_shape(), ((0, self._spec.vocab_size),), self._hidden())
+        piece = Piece("lm_head", self._vocab_shape(), (self._vocabulary,), self._hidden())
         return self._linear((piece,))
 
     def norm(self, name: str) -> Tensor:
