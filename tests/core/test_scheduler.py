@@ -3,10 +3,13 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kit.fake_engine import continuation
+from tests.kit.fake_engine import FakeCache, continuation
 from tests.kit.scheduling import Driver, request
 
-from tgis.core.scheduler import OVERTAKING_SECONDS
+from tgis.core.budget import PaddedBudget, PaddedModel
+from tgis.core.kv.rows import RowsMemory
+from tgis.core.scheduler import OVERTAKING_SECONDS, Scheduler
+from tgis.engines.base import CacheShape
 from tgis.engines.plan import Want
 from tgis.types import DetailParams, FinishReason
 from tgis.wire import Add
@@ -169,3 +172,47 @@ def test_any_interleaving_keeps_the_accounts_and_the_tokens(data: st.DataObject)
     for seq_id, (tokens, reason) in driver.done.items():
         assert reason is FinishReason.MAX_TOKENS
         assert tokens == continuation(adds[seq_id].token_ids, adds[seq_id].max_new_tokens)
+
+
+def padded(slots: int = 12, limit: int = 2000, patience: int = 24) -> Driver:
+    budget = PaddedBudget(PaddedModel.tokens(limit, limit), max_waiting_tokens=patience)
+    memory = RowsMemory(slots, slots * limit, caching=False)
+    scheduler = Scheduler(
+        memory, budget, max_step_tokens=slots * limit, max_running=slots, eos_token_ids=[]
+    )
+    return Driver(memory, scheduler, FakeCache(CacheShape(slots, limit)), slots * limit)
+
+
+def test_padded_engines_get_whole_prompts_of_similar_length() -> None:
+    driver = padded()
+    for seq_id, length in enumerate((300, 290, 40, 310)):
+        driver.add(request(seq_id, prompt_len=length, max_new=3))
+    plan = driver.step()
+    assert [(row.seq_id, len(row.token_ids)) for row in plan.rows] == [(0, 300), (1, 290), (3, 310)]
+    counts = driver.scheduler.drain_counts()
+    assert (counts.num_padding_skips, counts.num_queue_jumps) == (1, 1)
+    driver.run()
+    assert len(driver.done) == 4
+
+
+def test_padded_batches_are_not_interrupted_for_every_single_request() -> None:
+    driver = padded(patience=24)
+    for seq_id in range(8):
+        driver.add(request(seq_id, prompt_len=10, max_new=60))
+    driver.step()
+    driver.add(request(8, prompt_len=10, max_new=2))
+    waited = 0
+    while 8 in driver.live and driver.live[8].slot < 0:
+        waited += 1
+        driver.step()
+    assert waited == 19  # 8 x (24 - 19) // 24 = 1
+    assert driver.scheduler.num_running == 9
+
+
+def test_weight_of_new_prompts_and_the_exact_test_are_counted() -> None:
+    driver = Driver.make(slots=8, tokens=100, budget=200, horizon=float("inf"))
+    driver.add(request(1, prompt_len=10, max_new=60))
+    driver.add(request(2, prompt_len=25, max_new=10))  # 105 in all, but the first ends later
+    driver.step()
+    assert driver.scheduler.num_running == 2
+    assert driver.scheduler.drain_counts().num_exact_fits == 1
