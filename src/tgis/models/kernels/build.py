@@ -131,7 +131,10 @@ def compile_library(directory: Path, target: Target, extra_options: tuple[str, .
 
 def default_cache() -> Path:
     """Where compiled libraries are kept for this user."""
-    return Path.home() / ".cache" / "tgis" / "kernels"
+    try:
+        return Path.home() / ".cache" / "tgis" / "kernels"
+    except RuntimeError as error:
+        raise BuildError("the user has no home directory to keep a library in") from error
 
 
 def find_or_compile(cache_dir: Path | None = None) -> Path:
@@ -141,12 +144,11 @@ def find_or_compile(cache_dir: Path | None = None) -> Path:
         BuildError: there is none, and none can be made.
     """
     target = cpu_target()
+    name = file_name(target)
+    if (PREBUILT / name).is_file():
+        return PREBUILT / name
     cache = cache_dir or default_cache()
-    for directory in (PREBUILT, cache):
-        path = directory / file_name(target)
-        if path.is_file():
-            return path
-    return compile_library(cache, target)
+    return cache / name if (cache / name).is_file() else compile_library(cache, target)
 
 
 def main() -> None:

@@ -8,7 +8,8 @@
 // they are combined afterwards in order (flash decoding, Dao et al. 2023). Splits lie at fixed
 // positions, so a sequence's result depends neither on its neighbours in the batch nor on the
 // number of threads.
-// Many rows in bfloat16: tasks are (sequence, KV head, block of rows) on AMX tiles, where there are.
+// Many rows in bfloat16: tasks are (sequence, KV head, block of rows) on AMX tiles, where CPUs have
+// them.
 
 #include <stdlib.h>
 

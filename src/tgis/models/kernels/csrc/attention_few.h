@@ -7,8 +7,6 @@
 
 #ifdef HAVE_TILES
 
-#define FEW_ROWS 16
-
 // Tiles 0 to 3: sums of values, rows x 16 columns. 4: weights, rows x 32 positions. 5: queries or
 // values. 6: keys. 7: scores, 16 positions x rows.
 static void configure_few(int64_t rows) {

@@ -25,7 +25,9 @@ struct linear_args {
 #ifdef HAVE_TILES
 
 #define BLOCK_ROWS 32      // rows of x at a time: two tiles
-#define X_BYTES (1 << 19)  // of x that are worked on together
+#define X_BYTES (1 << 20)  // of x that are worked on together, and stay in the second cache
+#define MAX_TOGETHER 512   // rows of these
+#define STRIP_STEPS 8      // of 2 KiB of weights, which stay in the first cache
 
 // Tiles 0, 1: sums of the first 16 rows by 2 x 16 outputs; 2, 3: of the next 16 rows. 4, 5: x of
 // these rows; 6, 7: weights.
@@ -44,20 +46,41 @@ INLINE void prefetch(const char *p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
 }
 
-// Sums of up to 32 rows by 32 outputs over all of `in`. A step takes 64 bytes of each row of x, and
-// 16 rows of weights, which lie `stride` bytes apart. `first`: the weights are not cached yet.
-INLINE void tile_sums(const char *x, int64_t x_stride, const char *w, int64_t stride,
-                      int64_t steps, int two, int int8, int first, void *sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if (two) {
+// What one product reads: the same for all threads. Few rows of x are read where they lie, a step
+// of 64 bytes of a row after the other. Many are packed into tiles: 16 rows' steps side by side.
+struct operands {
+  const char *x;             // of bfloat16 or int8; 16 rows begin 16 * row_bytes apart
+  const float *x_scale;      // per row, of int8
+  int64_t row_bytes;
+  int64_t x_stride, x_step;  // bytes from row to row of a tile, from step to step
+};
+
+INLINE struct operands operands(const void *x, int64_t row_bytes, int packed,
+                                const float *scale) {
+  return (struct operands){x, scale, row_bytes, packed ? 64 : row_bytes, packed ? 1024 : 64};
+}
+
+// Adds to the sums of up to 32 rows by 32 outputs. A step takes 64 bytes of each row of x, and 16
+// rows of weights, which lie `stride` bytes apart. `cold`: the weights are not cached yet.
+INLINE void add_tiles(const struct operands *o, const char *x, const char *w, int64_t stride,
+                      int64_t steps, int two, int int8, int cold, int zero, void *sums) {
+  if (zero) {
+    _tile_zero(0);
+    _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, (char *)sums + 64, 128);
+    if (two) {
+      _tile_loadd(2, (char *)sums + 16 * 128, 128);
+      _tile_loadd(3, (char *)sums + 16 * 128 + 64, 128);
+    }
   }
-  for (int64_t k = 0; k < steps; k++, x += 64, w += 16 * stride) {
-    if (first) prefetch(w, 16 * stride);  // all lines of the step at once, before tile by tile
-    _tile_loadd(4, x, x_stride);
-    if (two) _tile_loadd(5, x + 16 * x_stride, x_stride);
+  for (int64_t k = 0; k < steps; k++, x += o->x_step, w += 16 * stride) {
+    if (cold) prefetch(w, 16 * stride);  // all lines of the step at once, before tile by tile
+    _tile_loadd(4, x, o->x_stride);
+    if (two) _tile_loadd(5, x + 16 * o->row_bytes, o->x_stride);
     _tile_loadd(6, w, stride);
     _tile_loadd(7, w + 64, stride);
     if (int8) {
@@ -84,13 +107,6 @@ INLINE void tile_sums(const char *x, int64_t x_stride, const char *w, int64_t st
   }
 }
 
-// What one product reads: the same for all threads.
-struct operands {
-  const char *x;         // rows x in, of bfloat16 or int8
-  const float *x_scale;  // per row, of int8
-  int64_t row_bytes;
-};
-
 // Scales, bias: from the sums to `out`. The last block may be wider than what is left of `out`.
 INLINE void finish(const struct linear_args *a, const struct operands *o, int32_t sums[][32],
                    int64_t row, int64_t rows, int64_t col, int int8) {
@@ -101,7 +117,8 @@ INLINE void finish(const struct linear_args *a, const struct operands *o, int32_
       if (int8) {
         vi s;
         memcpy(&s, &sums[r][c], sizeof s);
-        y = __builtin_convertvector(s, vf) * o->x_scale[row + r] * load_at(a->w_scale, col + c, n, 0);
+        y = __builtin_convertvector(s, vf) * o->x_scale[row + r];
+        y *= load_at(a->w_scale, col + c, n, 0);
       } else {
         y = load(&sums[r][c], 0);
       }
@@ -114,63 +131,84 @@ INLINE void finish(const struct linear_args *a, const struct operands *o, int32_
     }
 }
 
-// One block of the packed weights for rows begin .. end. Returns how many rows the tiles are set up
-// for.
-INLINE int64_t block(const struct linear_args *a, const struct operands *o, int64_t b,
-                     int64_t begin, int64_t end, int64_t configured, int int8) {
-  const int64_t width = int8 ? 64 : 32, steps = o->row_bytes / 64;
-  for (int64_t half = 0; half < width; half += 32) {
-    const char *w = (const char *)a->weight + b * width * o->row_bytes + half * 4;
+// 32 outputs for rows begin .. end. Returns how many rows the tiles are set up for.
+INLINE int64_t strip(const struct linear_args *a, const struct operands *o, const char *w,
+                     int64_t col, int64_t begin, int64_t end, int64_t configured, int int8) {
+  const int64_t steps = o->row_bytes / 64, stride = int8 ? 256 : 128;
+  const int64_t most = end - begin > BLOCK_ROWS ? STRIP_STEPS : steps;
+  int32_t sums[MAX_TOGETHER][32] __attribute__((aligned(64)));
+  for (int64_t k = 0; k < steps; k += most)
     for (int64_t row = begin; row < end; row += BLOCK_ROWS) {
-      const int64_t rows = min64(BLOCK_ROWS, end - row);
-      const char *x = o->x + row * o->row_bytes;
-      int32_t sums[BLOCK_ROWS][32] __attribute__((aligned(64)));
+      const int64_t rows = min64(BLOCK_ROWS, end - row), n = min64(most, steps - k);
+      const char *x = o->x + row * o->row_bytes + k * o->x_step, *from = w + k * 16 * stride;
       if (rows != configured) configure(configured = rows);
       if (rows > 16)
-        tile_sums(x, o->row_bytes, w, width * 4, steps, 1, int8, row == begin, sums);
+        add_tiles(o, x, from, stride, n, 1, int8, row == begin, k == 0, sums[row - begin]);
       else
-        tile_sums(x, o->row_bytes, w, width * 4, steps, 0, int8, row == begin, sums);
-      finish(a, o, sums, row, rows, b * width + half, int8);
+        add_tiles(o, x, from, stride, n, 0, int8, row == begin, k == 0, sums[row - begin]);
     }
-  }
+  finish(a, o, sums, begin, end - begin, col, int8);
   return configured;
 }
 
-// All blocks, for as many rows of x at a time as stay in the cache beside them. Threads take runs of
-// blocks as they come to them: one that is held up holds up nobody else.
-INLINE void blocks(const struct linear_args *a, const struct operands *o, int int8) {
-  const int64_t width = int8 ? 64 : 32, count = (a->out_features + width - 1) / width;
-  const int64_t chunk = max64(1, count / (8 * omp_get_num_threads()));
-  const int64_t together = max64(BLOCK_ROWS, X_BYTES / o->row_bytes / BLOCK_ROWS * BLOCK_ROWS);
+// All outputs, for some rows of x at a time. Threads take runs of blocks as they come to them: one
+// that is held up holds up nobody else.
+INLINE void product(const struct linear_args *a, const struct operands *o, int int8) {
+  const int64_t width = int8 ? 64 : 32, blocks = (a->out_features + width - 1) / width;
+  const int64_t chunk = max64(1, blocks / (8 * omp_get_num_threads()));
+  const int64_t fitting = X_BYTES / o->row_bytes / BLOCK_ROWS * BLOCK_ROWS;
+  const int64_t together = max64(BLOCK_ROWS, min64(MAX_TOGETHER, fitting));
   int64_t configured = 0;
   for (int64_t row = 0; row < a->rows; row += together) {
     const int64_t end = min64(row + together, a->rows);
 #pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t b = 0; b < count; b++) configured = block(a, o, b, row, end, configured, int8);
+    for (int64_t b = 0; b < blocks; b++)
+      for (int64_t half = 0; half < width; half += 32) {
+        const char *w = (const char *)a->weight + b * width * o->row_bytes + half * 4;
+        configured = strip(a, o, w, b * width + half, row, end, configured, int8);
+      }
   }
   if (configured) _tile_release();
 }
 
+INLINE char *packed_row(char *packed, int64_t row, int64_t row_bytes) {
+  return packed + row / 16 * 16 * row_bytes + row % 16 * 64;
+}
+
 EXPORT int tgis_linear_bf16(const struct linear_args *args) {
   const struct linear_args a = *args;
-  const struct operands o = {a.x, NULL, a.in * 2};
+  const int64_t row_bytes = a.in * 2;
+  const int pack = a.rows > BLOCK_ROWS;
+  char *packed = pack ? malloc((a.rows + 15) / 16 * 16 * row_bytes) : NULL;
+  if (pack && !packed) return ERROR_MEMORY;
+  const struct operands o = operands(pack ? packed : a.x, row_bytes, pack, NULL);
 #pragma omp parallel
-  blocks(&a, &o, 0);
+  {
+    if (pack) {
+#pragma omp for
+      for (int64_t r = 0; r < a.rows; r++)
+        for (int64_t k = 0; k < row_bytes; k += 64)
+          memcpy(packed_row(packed, r, row_bytes) + k * 16, at(a.x, r * a.in, 1) + k, 64);
+    }
+    product(&a, &o, 0);
+  }
+  free(packed);
   return 0;
 }
 
 EXPORT int tgis_linear_int8(const struct linear_args *args) {
   const struct linear_args a = *args;
-  float *scale = malloc(a.rows * (sizeof *scale + a.in) + 1);
+  float *scale = malloc(a.rows * sizeof *scale + (a.rows + 15) / 16 * 16 * a.in + 1);
   if (!scale) return ERROR_MEMORY;
-  int8_t *q = (int8_t *)(scale + a.rows);
-  const struct operands o = {(const char *)q, scale, a.in};
+  char *packed = (char *)(scale + a.rows);
+  const struct operands o = operands(packed, a.in, 1, scale);
 #pragma omp parallel
   {
 #pragma omp for
     for (int64_t r = 0; r < a.rows; r++)
-      scale[r] = quantize_row(at(a.x, r * a.in, 1), q + r * a.in, a.in, 1);
-    blocks(&a, &o, 1);
+      scale[r] = quantize_row(at(a.x, r * a.in, 1), (int8_t *)packed_row(packed, r, a.in), a.in,
+                              1024, 1);
+    product(&a, &o, 1);
   }
   free(scale);
   return 0;

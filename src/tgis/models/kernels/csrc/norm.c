@@ -1,4 +1,5 @@
-// RMS norm and layer norm of rows, with the residual addition that precedes them in a decoder block.
+// RMS norm and layer norm of rows, with the residual addition that precedes them in a decoder
+// block.
 
 #include "vec.h"
 

@@ -15,7 +15,7 @@ EXPORT int tgis_quantize_rows(const struct quantize_args *args) {
   for (int64_t r = 0; r < a.rows; r++) {
     const void *x = at(a.x, r * a.stride, a.bf16);
     int8_t *q = a.q + r * a.cols;
-    a.scale[r] = a.bf16 ? quantize_row(x, q, a.cols, 1) : quantize_row(x, q, a.cols, 0);
+    a.scale[r] = a.bf16 ? quantize_row(x, q, a.cols, 64, 1) : quantize_row(x, q, a.cols, 64, 0);
   }
   return 0;
 }

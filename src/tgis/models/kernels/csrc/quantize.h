@@ -5,7 +5,8 @@
 
 typedef int8_t vb __attribute__((vector_size(VL)));
 
-INLINE float quantize_row(const void *x, int8_t *q, int64_t n, int bf16) {
+// `step`: from 64 elements of q to the next 64.
+INLINE float quantize_row(const void *x, int8_t *q, int64_t n, int64_t step, int bf16) {
   vf max = {};
   for (int64_t i = 0; i < n; i += VL) {
     const vf v = load_at(x, i, n, bf16);
@@ -16,7 +17,7 @@ INLINE float quantize_row(const void *x, int8_t *q, int64_t n, int bf16) {
     // 1.5 * 2^23: rounding to even leaves the integer in the low bits
     const vf shifted = load_at(x, i, n, bf16) * inverse + 12582912.0f;
     const vb b = __builtin_convertvector((vi)shifted << 24 >> 24, vb);
-    memcpy(q + i, &b, min64(VL, n - i));
+    memcpy(q + i / 64 * step + i % 64, &b, min64(VL, n - i));
   }
   return most / 127.0f;
 }
