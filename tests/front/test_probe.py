@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import pytest
+from tests.kit.waiting import turn_often, until
 
 from tgis.errors import GenerationFailed, OutOfMemory, RequestError, Unavailable
 from tgis.front import probe as probe_module
@@ -117,11 +118,6 @@ def health() -> Health:
     return Health(cast(CoreLink, FakeLink()), 5.0, clock=lambda: 0.0)
 
 
-async def until(condition) -> None:
-    while not condition():  # noqa: ASYNC110 - no event tells
-        await asyncio.sleep(0)
-
-
 async def test_a_failure_that_does_not_repeat_changes_nothing(
     streams: FakeStreams, health: Health
 ) -> None:
@@ -150,7 +146,7 @@ async def test_an_engine_that_fails_on_a_test_is_degraded_until_it_works(
     await until(lambda: health.state is State.DEGRADED)
     streams.error = Unavailable("the core is being replaced")
     tries = len(streams.jobs)
-    await asyncio.sleep(0.01)
+    await turn_often()
     assert health.state is State.DEGRADED  # nothing has shown that it works
     streams.error = None
     await until(lambda: health.state is State.READY)
