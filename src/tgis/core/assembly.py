@@ -12,8 +12,8 @@ from tgis.core.loop import Core, Pulse
 from tgis.core.pool import make_pool
 from tgis.core.scheduler import Scheduler
 from tgis.core.sequence import Opening, decoder_only, encoder_decoder
-from tgis.core.threads import choose_threads
 from tgis.engines.registry import load_engine
+from tgis.engines.threads import choose_threads
 from tgis.errors import ModelError
 from tgis.sampling import Sampler
 from tgis.types import ModelFiles, ModelInfo, ModelKind

@@ -21,11 +21,17 @@ def usable_cores(cpu_max: Path = _CPU_MAX) -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def choose_threads(setting: int | None, files: ModelFiles) -> tuple[int, str]:
-    """The number of threads, and why, for the log."""
+def choose_threads(setting: int | None, files: ModelFiles, num_ranks: int = 1) -> tuple[int, str]:
+    """The number of threads of one process, and why, for the log.
+
+    Args:
+        num_ranks: processes on this machine that share the model and the cores.
+    """
     if setting is not None:
         return setting, "asked for"
     size = sum((Path(files.path) / name).stat().st_size for name in files.weights)
-    if size < SMALL_MODEL_BYTES:
+    if size < SMALL_MODEL_BYTES * num_ranks:
         return 1, "the model is small"
+    if num_ranks > 1:
+        return max(1, usable_cores() // num_ranks), f"usable cores, shared by {num_ranks} ranks"
     return usable_cores(), "one for each usable core"
