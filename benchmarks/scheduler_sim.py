@@ -8,19 +8,22 @@ is used, how much of the work is padding or is done twice. `--plot FILE` draws e
 extra `bench`). `--speed` measures the scheduler itself.
 
 A policy is `paged:H`, chunked prefill with H steps of looking ahead (`inf`: TGIS's admission by all
-that requests may generate), or `padded`, TGIS's padded batches with its default limits.
+that requests may generate) over rows of memory; `blocks:H`, the same over blocks; or `padded`,
+TGIS's padded batches with its default limits.
 """
 
 import argparse
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.traces import KINDS, Arrival, trace
 from tgis.core.budget import Budget, PaddedBudget, PaddedModel, PagedBudget
+from tgis.core.kv.base import KvMemory
+from tgis.core.kv.blocks import BlocksMemory
 from tgis.core.kv.rows import RowsMemory
 from tgis.core.scheduler import Scheduler
 from tgis.core.sequence import Sequence
@@ -114,10 +117,10 @@ class Report:
         }
 
 
-def percentile(values: Iterable[float], percent: float) -> float:
+def percentile(values: list[float], percent: float) -> float:
     """The nearest rank."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+    values.sort()
+    return values[min(len(values) - 1, int(len(values) * percent / 100))]
 
 
 def jain(values: list[float]) -> float:
@@ -208,6 +211,7 @@ def _sample(report: Report, scheduler: Scheduler, plan: StepPlan, now: float) ->
 def make_scheduler(policy: str, pool: int, max_running: int, caching: bool) -> Scheduler:
     """A scheduler by the name of a policy."""
     budget: Budget
+    memory: KvMemory
     max_step_tokens = max(512, 2 * max_running)
     if policy == "padded":
         max_running = 12
@@ -216,9 +220,13 @@ def make_scheduler(policy: str, pool: int, max_running: int, caching: bool) -> S
         memory = RowsMemory(max_running, max_running * 4096, caching=False)
         budget = PaddedBudget(model)
     else:
-        horizon = float(policy.removeprefix("paged:"))
-        memory = RowsMemory(2 * max_running, pool, granule=32, caching=caching)
-        budget = PagedBudget(memory.total, horizon=horizon)
+        layout, _, horizon = policy.partition(":")
+        memory = (
+            BlocksMemory(max_running, pool // 16, 16, caching=caching)
+            if layout == "blocks"
+            else RowsMemory(2 * max_running, pool, granule=32, caching=caching)
+        )
+        budget = PagedBudget(memory.total, horizon=float(horizon))
     return Scheduler(
         memory,
         budget,
@@ -282,17 +290,18 @@ def draw(reports: dict[str, Report], path: Path) -> None:
     """Queueing times, batch and queue, and use of the pool over time."""
     from matplotlib import pyplot  # the extra `bench`
 
-    figure, (cdf, batch, pool) = pyplot.subplots(3, 1, figsize=(9, 10), layout="constrained")
+    figure, (cdf, batch, pool) = pyplot.subplots(3, 1, figsize=(8, 9), layout="constrained")
     for name, report in reports.items():
-        queue = sorted(life.started - life.arrival.time for life in report.lives)
-        share = [number / len(queue) for number in range(1, len(queue) + 1)]
-        cdf.plot(queue, share, label=name)
-        times = [now for now, *_ in report.samples]
-        batch.plot(times, [running for _, running, _, _ in report.samples], label=f"{name} running")
-        batch.plot(times, [waiting for _, _, waiting, _ in report.samples], ":", label="waiting")
-        pool.plot(times, [use for *_, use in report.samples], label=name)
-    cdf.set(xlabel="seconds in the queue", ylabel="share of requests", xscale="symlog")
-    batch.set(xlabel="seconds", ylabel="requests", yscale="symlog")
+        queue = [life.started - life.arrival.time for life in report.lives]
+        shares = [percent / 5 for percent in range(501)]
+        cdf.plot([percentile(queue, percent) for percent in shares], shares, label=name)
+        samples = report.samples[:: -(-len(report.samples) // 500)]
+        times = [now for now, *_ in samples]
+        (line,) = batch.plot(times, [running for _, running, _, _ in samples], label=name)
+        batch.plot(times, [waiting for _, _, waiting, _ in samples], ":", color=line.get_color())
+        pool.plot(times, [use for *_, use in samples], label=name)
+    cdf.set(xlabel="seconds in the queue", ylabel="percent of requests", xscale="symlog")
+    batch.set(xlabel="seconds", ylabel="running (waiting: dotted)", yscale="symlog")
     pool.set(xlabel="seconds", ylabel="share of the pool in use")
     for axes in (cdf, batch, pool):
         axes.legend()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from tests.kit.fake_engine import FakeEngine
 
 from tgis.core import runner
@@ -69,6 +70,16 @@ def test_a_step_that_is_too_large_succeeds_in_parts() -> None:
     assert ids(result.done) == set(range(8))
     assert result.num_out_of_memory == 3
     assert result.num_errors == 0
+
+
+def test_torch_running_out_of_memory_is_known_as_such() -> None:
+    def greedy(plan: StepPlan) -> None:
+        if plan.num_tokens > 10:
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    result = runner.run(engine_with(greedy), plan_of(4, 4, 4))
+    assert (result.num_out_of_memory, result.num_errors) == (1, 0)
+    assert not result.broken
 
 
 def test_an_engine_that_always_fails_says_so_soon() -> None:

@@ -206,8 +206,8 @@ class Core:
                 self._outbox(seq).started.append((seq.request.seq_id, now))
 
     def _fail_rows(self, rows: list[Row], error: Exception) -> None:
-        if isinstance(error, MemoryError):
-            kind, message = FailureKind.OUT_OF_MEMORY, str(error) or "out of memory"
+        if runner.is_out_of_memory(error):
+            kind, message = FailureKind.OUT_OF_MEMORY, "out of memory"
         else:
             kind, message = FailureKind.GENERATION, type(error).__name__
         for row in rows:

@@ -71,8 +71,14 @@ def run(engine: Engine, plan: StepPlan, clock: Callable[[], float] = time.monoto
     return result
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is want of memory; PyTorch has no class of its own for a CPU's."""
+    no_memory = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, no_memory) or "can't allocate memory" in str(error)
+
+
 def _note(result: Run, part: StepPlan, error: Exception) -> None:
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         result.num_out_of_memory += 1
     else:
         result.num_errors += 1
