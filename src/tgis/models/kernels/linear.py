@@ -1,17 +1,22 @@
 """Linear layers on one packed copy of their weight, for one row and for thousands.
 
 The weight lies in oneDNN's blocked layout. Our AMX kernel (`csrc/linear.c`) reads it there, if its
-bytes are found to be where that expects them; otherwise oneDNN's own operators do.
+bytes are found to be where that expects them; otherwise, and for many rows of bfloat16, oneDNN's
+own operators do.
 """
 
 import ctypes
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tgis.models import kernels
+
+MANY_ROWS = 256
+"""Above so many rows of bfloat16 oneDNN's product of wide layers is the faster one."""
 
 _PACK_ROWS = 128  # the hint that makes oneDNN pack bfloat16 in blocks of 32 output features
 
@@ -32,16 +37,19 @@ def bf16_linear(
         return blocked
 
     ours = _on_tiles(weight, pack, None, bias, out_dtype)
-    if ours is not None:
-        return ours
-    blocked = pack(weight)
+    if ours is not None and ours.padded:
+        return ours.run
+    blocked = pack(weight) if ours is None else ours.blocked
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def onednn(x: Tensor) -> Tensor:
         y: Tensor = multiply(x, blocked, bias, "none", [], "")
         return y.to(out_dtype)
 
-    return onednn
+    if ours is None:
+        return onednn
+    run = ours.run
+    return lambda x: run(x) if x.shape[0] <= MANY_ROWS else onednn(x)
 
 
 def int8_linear(
@@ -60,7 +68,7 @@ def int8_linear(
 
     ours = _on_tiles(q, pack, scale, bias, out_dtype)
     if ours is not None:
-        return ours
+        return ours.run
     blocked = pack(q)
     zero_points = torch.zeros(len(q), dtype=torch.int32)
     multiply = torch.ops.onednn.qlinear_pointwise.default
@@ -77,13 +85,21 @@ def int8_linear(
     return onednn
 
 
+class _Ours(NamedTuple):
+    """Our kernel on a pack."""
+
+    run: Linear
+    blocked: Tensor
+    padded: bool  # the pack has more output features than the layer
+
+
 def _on_tiles(
     weight: Tensor,
     pack: Callable[[Tensor], Tensor],
     scale: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
-) -> Linear | None:
+) -> _Ours | None:
     """Our kernel on oneDNN's pack of this weight; None where it cannot be used."""
     if not len(weight) or weight.shape[1] * weight.element_size() % 64:
         return None
@@ -101,7 +117,7 @@ def _on_tiles(
     def linear(x: Tensor, _used: object = used) -> Tensor:
         return run(x)
 
-    return linear
+    return _Ours(linear, blocked, len(padded) > len(weight))
 
 
 def _is_expected(blocked: Tensor, weight: Tensor, width: int) -> bool:
