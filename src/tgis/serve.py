@@ -38,7 +38,7 @@ from tgis.observe import logs, tracing
 log = logging.getLogger("tgis.serve")
 
 _TICK_SECONDS = 0.25
-_EXIT_SECONDS = 2.0  # for a child that has been told to go
+_EXIT_SECONDS = 5.0  # for a front that has drained: to send its last errors and traces
 # Imports and files on a slow disk can hold a starting process's threads up for long.
 _START_SILENCE_SECONDS = 120.0
 # A core that dies this often without having loaded its model will not do better the next time.

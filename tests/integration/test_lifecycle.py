@@ -1,6 +1,7 @@
 """A real server: what happens when it starts, is killed in part or whole, and is told to stop."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -123,6 +124,34 @@ async def test_open_requests_finish_after_sigterm(server: Server) -> None:
     server.kill = lambda: None  # type: ignore[method-assign]
 
 
+async def test_a_second_signal_ends_at_once(demo_model_dir: Path, tmp_path: Path) -> None:
+    server = start_server(demo_model_dir, tmp_path, "--drain-timeout", "600")
+    try:
+        await asyncio.to_thread(server.wait_ready)
+        pids = children(server.process.pid)
+        async with grpc.aio.insecure_channel(server.grpc) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            calls = [await begin(channel) for _ in range(8)]
+            server.process.send_signal(signal.SIGTERM)
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            status, body = await asyncio.to_thread(server.get, "/health")
+            assert (status, json.loads(body)["state"]) == (503, "draining")
+            os.kill(pids["tgis.core"], signal.SIGSTOP)  # they shall not finish
+            server.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(server.process.wait, 20) == 128 + signal.SIGTERM
+            outcomes = await asyncio.gather(*(outcome(call) for call in calls))
+        assert {code for code, _, _ in outcomes} <= {
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.OK,
+        }
+        wait_until(lambda: not any(alive(child) for child in pids.values()))
+    finally:
+        if server.process.poll() is None:
+            server.kill()
+
+
 async def test_a_cancelled_stream_frees_everything(server: Server) -> None:
     front = children(server.process.pid)["tgis.front"]
 
@@ -164,7 +193,7 @@ def test_a_second_server_does_not_share_the_ports(
 def test_no_orphans_when_a_process_is_killed(
     demo_model_dir: Path, tmp_path: Path, victim: str
 ) -> None:
-    server = start_server(demo_model_dir, tmp_path)
+    server = start_server(demo_model_dir, tmp_path, "--termination-log", str(tmp_path / "reason"))
     try:
         server.wait_ready()
         pids = children(server.process.pid)
@@ -173,6 +202,10 @@ def test_no_orphans_when_a_process_is_killed(
         code = server.process.wait(20)
         assert code == (-signal.SIGKILL if victim == "supervisor" else 1)
         wait_until(lambda: not any(alive(child) for child in pids.values()))
+        if victim == "front":
+            reason = "tgis serve: the front died (SIGKILL)"
+            assert server.log().rstrip().endswith(reason)
+            assert (tmp_path / "reason").read_text() == "the front died (SIGKILL)\n"
     finally:
         if server.process.poll() is None:
             server.kill()
