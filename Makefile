@@ -56,8 +56,9 @@ format: install-dev ## Format the code
 proto: install-dev ## Generate the gRPC code from proto/generation.proto
 	$(BIN)/python tools/generate_proto.py
 
-docs: install-dev ## Generate the reference pages in docs/ and the dashboard in deploy/
+docs: install-dev ## Generate the reference pages in docs/
 	$(BIN)/python tools/generate_config_docs.py
+	$(BIN)/python -m tools.generate_models_docs
 	$(BIN)/python tools/generate_dashboard.py
 
 clean: ## Remove the environment and all caches

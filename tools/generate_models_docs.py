@@ -1,0 +1,109 @@
+"""Write docs/models.md: which models run on which engine, and the shapes that prove it.
+
+    python -m tools.generate_models_docs [--check]
+
+Rows come from the engines' tables, cells from the configurations that the tests compare with
+Transformers, so a family without a test shows as a row without shapes.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.engines import hf_models, test_native_seq2seq
+from tests.models import twins
+from tgis.engines.registry import ENGINES
+from tgis.models.families import FAMILIES
+from tgis.models.families.t5 import SEQ2SEQ_FAMILIES
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+HEAD = """\
+# Models
+
+<!-- Made by tools/generate_models_docs.py from the tables and the tests: do not edit. -->
+
+A model is a directory or a cached Hugging Face model with safetensors weights. `--deployment-framework`
+(`DEPLOYMENT_FRAMEWORK`) chooses the engine; unset means the native one where the model's family is
+known to it, else Transformers.
+
+## Engines
+
+| name | what it is |
+|---|---|
+| `tgis_native` | our own networks: one decoder, families as tables, fused CPU kernels; float32, bfloat16, float16; continuous batching with chunked prefill, prefix caching, tensor parallelism |
+| `hf_transformers`, `hf_accelerate`, `hf_optimum_bt` | any causal or sequence-to-sequence model that Transformers can load, in padded batches whose rows join and leave |
+
+Other packages add engines through the entry point group `tgis.engines`. Quantised checkpoints
+(GPTQ, AWQ, bitsandbytes), ONNX Runtime and IBM FMS are refused by name until they exist.
+
+## Native families
+
+Every shape below is a tiny random checkpoint that the tests compare with Transformers in float32:
+logits within 1e-4 alone, in mixed batches, in chunks and cached, greedy tokens over 60 steps or
+more, and bfloat16 within its own rounding (`tests/models`, `tests/engines/test_native_seq2seq.py`).
+"""
+GENERAL = """
+## Transformers engine
+
+Whatever `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` loads. These kinds are compared with
+`generate` token by token, alone and in batches whose rows join and leave
+(`tests/engines/test_hf.py`):
+
+"""
+TAIL = """
+Models with Python code of their own (`auto_map`) need `--trust-remote-code`, and run on this engine
+only. Models with `.bin` weights only are refused with the command that converts them.
+"""
+
+
+def shapes(configs: Mapping[str, Any], model_type: str) -> str:
+    """Names of the tested configurations of a model type."""
+    return ", ".join(name for name, config in configs.items() if config.model_type == model_type)
+
+
+def table(header: str, rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    columns = header.count("|") - 1
+    body = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return f"{header}\n{'|---' * columns}|\n{body}"
+
+
+def page() -> str:
+    """The whole page."""
+    native = {**twins.CONFIGS, **test_native_seq2seq.CONFIGS}
+    # RefinedWeb and RefinedWebModel are older names of Falcon in its configurations.
+    types = sorted({*FAMILIES, *SEQ2SEQ_FAMILIES})
+    rows = [(f"`{name}`", shapes(native, name) or _alias(name)) for name in types]
+    general = sorted({config.model_type for config in hf_models.CONFIGS.values()})
+    general_rows = [(f"`{name}`", shapes(hf_models.CONFIGS, name)) for name in general]
+    assert {"tgis_native", "hf_transformers"} <= ENGINES.keys()
+    return (
+        HEAD
+        + "\n"
+        + table("| model_type | shapes compared with Transformers |", rows)
+        + GENERAL
+        + table("| model_type | shapes |", general_rows)
+        + TAIL
+    )
+
+
+def _alias(model_type: str) -> str:
+    same = [name for name, family in FAMILIES.items() if family is FAMILIES[model_type]]
+    others = [f"`{name}`" for name in same if shapes(twins.CONFIGS, name)]
+    return f"read as {', '.join(others)}" if others else ""
+
+
+def main() -> int:
+    """Entry point."""
+    if "--check" in sys.argv[1:]:
+        in_step = PAGE.read_text() == page()
+        if not in_step:
+            print("docs/models.md is out of step: python -m tools.generate_models_docs")
+        return 0 if in_step else 1
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
