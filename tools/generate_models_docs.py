@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.engines import hf_models, test_native_seq2seq
 from tests.models import twins
+
 from tgis.engines.registry import ENGINES
 from tgis.models.families import FAMILIES
 from tgis.models.families.t5 import SEQ2SEQ_FAMILIES
