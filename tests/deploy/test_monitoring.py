@@ -19,7 +19,7 @@ RULES = ROOT / "deploy" / "alerts" / "tgis.rules.yaml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "tgis.json"
 GUIDE = ROOT / "docs" / "operations.md"
 SPECS = {spec.name: spec for spec in TABLE}
-NOT_HISTOGRAMS = ("counter", "gauge", "summary")
+NOT_HISTOGRAMS = ("counter", "gauge")
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def samples() -> dict[str, str]:
         elif spec.kind == "gauge":
             names[spec.name] = spec.name
         else:
-            suffixes = ("_sum", "_count", "" if spec.kind == "summary" else "_bucket")
+            suffixes = ("_sum", "_count", "_bucket")
             names |= {spec.name + suffix: spec.name for suffix in suffixes}
     return names
 

@@ -5,53 +5,18 @@
 """
 
 import itertools
-import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from tgis.observe.table import COMPAT, TABLE, Alias, Limits, Spec, buckets
 
-__all__ = ["CONTENT_TYPE", "Limits", "Metrics", "Summary"]
+__all__ = ["CONTENT_TYPE", "Limits", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-QUANTILES = (0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
-_WINDOW = 1024  # observations that quantiles are taken from, the most recent ones
-
-
-class Summary(Collector):
-    """Sum, count, and quantiles of the most recent observations."""
-
-    def __init__(self, name: str, documentation: str) -> None:
-        self._name = name
-        self._documentation = documentation
-        self._recent: deque[float] = deque(maxlen=_WINDOW)
-        self._sum = 0.0
-        self._count = 0
-
-    def observe(self, value: float) -> None:
-        """Add a value."""
-        self._recent.append(value)
-        self._sum += value
-        self._count += 1
-
-    def collect(self) -> Iterator[Metric]:
-        """The samples; quantiles are those of the nearest rank."""
-        family = Metric(self._name, self._documentation, "summary")
-        values = sorted(self._recent)
-        for quantile in QUANTILES:
-            rank = max(math.ceil(quantile * len(values)), 1)
-            value = values[rank - 1] if values else 0.0
-            family.add_sample(self._name, {"quantile": _number(quantile)}, value)
-        family.add_sample(f"{self._name}_sum", {}, self._sum)
-        family.add_sample(f"{self._name}_count", {}, self._count)
-        yield family
 
 
 class Metrics:
@@ -69,7 +34,7 @@ class Metrics:
         self._compat = compat
         self._counters: dict[tuple[str, ...], Counter] = {}
         self._gauges: dict[tuple[str, ...], Gauge] = {}
-        self._observers: dict[tuple[str, ...], Histogram | Summary] = {}
+        self._observers: dict[tuple[str, ...], Histogram] = {}
         for spec in TABLE:
             self._declare(spec, limits)
 
@@ -85,9 +50,6 @@ class Metrics:
             gauge = Gauge(spec.name, spec.help, labels, registry=self._registry)
             for values in _series(spec):
                 self._gauges[spec.name, *values] = gauge.labels(*values) if values else gauge
-        elif spec.kind == "summary":
-            self._observers[(spec.name,)] = summary = Summary(spec.name, spec.help)
-            self._registry.register(summary)
         else:
             bounds = buckets(spec.kind, limits)
             histogram = Histogram(
@@ -106,7 +68,7 @@ class Metrics:
         self._gauges[name, *labels.values()].set(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add a value to a histogram or summary."""
+        """Add a value to a histogram."""
         self._observers[name, *labels.values()].observe(value)
 
     def render(self) -> bytes:
@@ -167,10 +129,6 @@ def _family(name: str, kind: str, help_text: str, samples: Sequence[Sample]) -> 
         labels = ",".join(f'{key}="{_escape(value)}"' for key, value in sample.labels.items())
         value = floatToGoString(sample.value)  # type: ignore[no-untyped-call]
         yield f"{sample.name}{{{labels}}} {value}" if labels else f"{sample.name} {value}"
-
-
-def _number(value: float) -> str:
-    return f"{value:g}"
 
 
 def _escape(value: str) -> str:

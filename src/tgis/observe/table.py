@@ -8,15 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal[
-    "counter", "gauge", "summary", "duration", "text_length", "sequence", "new_tokens", "batch"
-]
+Kind = Literal["counter", "gauge", "duration", "text_length", "sequence", "new_tokens", "batch"]
 Labels = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One row. Kinds other than counter, gauge and summary are histograms with those buckets."""
+    """One row. Kinds other than counter and gauge are histograms with those buckets."""
 
     name: str
     kind: Kind
@@ -52,7 +50,7 @@ TABLE: tuple[Spec, ...] = (
     Spec("tgi_request_success", "counter", "Inputs completed", {**STOP_REASON, **KIND}),
     Spec("tgi_request_max_new_tokens", "new_tokens", "Limit on generated tokens asked for"),
     Spec("tgi_request_input_length", "sequence", "Input tokens after truncation"),
-    Spec("tgi_request_raw_input_length", "summary", "Input tokens before truncation"),
+    Spec("tgi_request_raw_input_length", "text_length", "Input tokens before truncation"),
     Spec("tgi_request_validation_duration", "duration", "Seconds from arrival to a valid request"),
     Spec("tgi_request_queue_duration", "duration", "Seconds an input waited for its batch"),
     Spec("tgi_request_mean_time_per_token_duration", "duration", "Inference seconds per token"),
@@ -81,7 +79,7 @@ TABLE: tuple[Spec, ...] = (
     Spec(
         "tgi_batch_max_remaining_tokens", "gauge", "Most tokens that one of the batch may generate"
     ),
-    Spec("tgi_batch_next_tokens", "summary", "Prompt tokens of a step"),
+    Spec("tgi_batch_next_tokens", "text_length", "Prompt tokens of a step"),
     Spec("tgi_batch_concatenation_count", "counter", "Prompts that joined a running batch"),
     Spec("tgi_batch_inference_count", "counter", "Steps begun", METHOD),
     Spec("tgi_batch_inference_success", "counter", "Steps completed", METHOD),
