@@ -187,6 +187,30 @@ async def test_errors_have_their_status(service, stub, method, raised):
     assert hint == ("250" if isinstance(raised, Unavailable) else None)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("raised", [None, *ERRORS], ids=lambda error: type(error).__name__)
+async def test_correlation_ids_come_back_however_a_call_ends(service, stub, method, raised):
+    service.error = raised
+    call = getattr(stub, method)(METHODS[method], metadata=[("x-correlation-id", "corr 7")])
+    if raised is None:
+        await (drained(call) if hasattr(call, "__aiter__") else call)
+    else:
+        await failure_of(call)
+    trailers = dict(await call.trailing_metadata())
+    assert trailers["x-correlation-id"] == "corr 7"
+    assert ("retry-after-ms" in trailers) is isinstance(raised, Unavailable)
+
+
+async def test_correlation_ids_come_back_from_every_method(stub):
+    for name, message in (
+        ("Tokenize", pb.BatchedTokenizeRequest()),
+        ("ModelInfo", pb.ModelInfoRequest()),
+    ):
+        call = getattr(stub, name)(message, metadata=[("x-correlation-id", name)])
+        await call
+        assert dict(await call.trailing_metadata()) == {"x-correlation-id": name}
+
+
 async def test_subclass_of_an_error_has_the_status_of_its_kind(service, stub):
     class TooSlow(Unavailable):
         pass

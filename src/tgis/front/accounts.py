@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from tgis.errors import RequestError, Unavailable
 from tgis.front.intake import Request
-from tgis.front.rpc import Context, metadata_of
+from tgis.front.rpc import CORRELATION_ID, Context, metadata_of
 from tgis.front.streams import Stream
 from tgis.observe.logs import clip
 from tgis.observe.metrics import Metrics
@@ -23,7 +23,6 @@ from tgis.types import FinishReason
 
 log = logging.getLogger("tgis.front.requests")
 
-CORRELATION_ID = "x-correlation-id"
 _COLUMNS = 32  # of user text in a log line
 _HEAD = 2 * _COLUMNS  # characters of an output that are kept for its log line
 _MAX_ID = 128  # characters of a client's identifiers in a log line
@@ -109,8 +108,6 @@ class Accounts:
     ) -> Iterator[Call]:
         """Note one request from its arrival to its end, however it ends."""
         call = Call(kind, texts, request, metadata_of(context))
-        if identifier := call.metadata.get(CORRELATION_ID):
-            context.set_trailing_metadata(((CORRELATION_ID, identifier),))
         self._metrics.count("tgi_request_count", kind=kind)
         if texts:
             self._metrics.count("tgi_request_input_count", len(texts))

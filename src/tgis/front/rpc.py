@@ -25,6 +25,8 @@ Answer = Callable[[Any, Context], Any]  # a coroutine function, or an asynchrono
 _MAX_DETAILS_BYTES = 2000
 _UNEXPECTED = "Request failed: internal error"
 
+CORRELATION_ID = "x-correlation-id"  # metadata that comes back to the client with every answer
+
 
 def metadata_of(context: Context) -> dict[str, str]:
     """The text entries of a call's metadata; of several with one name the first."""
@@ -100,6 +102,8 @@ def _streaming(answer: Answer) -> Callable[[Any, Context], Awaitable[None]]:
 async def _answering(request: Message | InvalidRequest, context: Context) -> AsyncIterator[None]:
     """The one place where errors become statuses. Cancellation passes through untouched."""
     try:
+        if identifier := metadata_of(context).get(CORRELATION_ID):
+            context.set_trailing_metadata(((CORRELATION_ID, identifier),))
         if isinstance(request, InvalidRequest):
             raise request
         yield
