@@ -7,9 +7,11 @@ import asyncio
 import random
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.contract import golden
 from tests.contract.cases import DEMO, CaseFile, Json, case_files, flags, weights_of
 from tests.contract.compare import (
     difference,
@@ -19,6 +21,7 @@ from tests.contract.compare import (
     stream_difference,
 )
 from tests.contract.oracle import Limits
+from tests.contract.oracle.text import Text
 from tests.kit.client import AsyncClient, Status, connect
 from tests.kit.server import Server, run_server
 
@@ -184,6 +187,49 @@ async def test_random_seeds(served: Served) -> None:
         for seed, response in zip(seeds, responses, strict=True):
             again = await client.call("Generate", request(1, seed=seed))
             assert again == {"responses": [response]}
+
+
+async def run_recorded(client: AsyncClient, text: Text, row: golden.Row) -> Outcome:
+    found = await client.call("Generate", golden.request_of(row))
+    assert not isinstance(found, Status), found
+    (response,) = found["responses"]
+    tokens = [text.token(token["id"]) for token in row["tokens"]]
+    assert [token.get("text", "") for token in response["tokens"]] == tokens
+    inputs = [text.token(token_id) for token_id, _, _ in row["input"]]
+    assert [token["text"] for token in response["inputTokens"]] == inputs
+    if not golden.is_on_edge(row):
+        check_recorded_details(text, response, row)
+    return row["text"], None
+
+
+def check_recorded_details(text: Text, response: Json, row: golden.Row) -> None:
+    for found, token in zip(response["tokens"], row["tokens"], strict=True):
+        assert found.get("logprob", 0) == approx(token["logprob"])
+        golden.check_rank(found["rank"], token["rank"])
+        if golden.candidates_bind(row):
+            golden.check_top(
+                [(top.get("text", ""), top.get("logprob", 0)) for top in found["topTokens"]],
+                [(text.token(token_id), logprob) for token_id, logprob in token["top"]],
+            )
+    for found, (_, logprob, rank) in zip(response["inputTokens"], row["input"], strict=True):
+        expected = "NaN" if logprob is None else approx(logprob)
+        assert found.get("logprob", 0) == expected
+        assert found.get("rank", 0) == rank
+
+
+def approx(logprob: float) -> Any:
+    return pytest.approx(logprob, abs=golden.LOGPROB_TOLERANCE)
+
+
+async def test_answers_recorded_from_tgis(served: Served, shared_dir: Path) -> None:
+    rows = golden.recorded_rows(shared_dir, served.file.name)
+    if not rows:
+        pytest.skip("nothing was recorded with this model and these settings")
+    directory = served.file.original
+    assert directory is not None
+    text = Text(directory, causal=True, show_special=False)  # for the names of tokens only
+    async with connect(served.server.grpc) as client:
+        await run_shuffled([run_recorded(client, text, row) for row in rows])
 
 
 def test_the_suite_is_complete() -> None:

@@ -1,54 +1,24 @@
 """The oracle itself is held against outputs that were recorded from TGIS's own server."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.contract.golden import (
+    LOGPROB_TOLERANCE,
+    candidates_bind,
+    check_rank,
+    check_top,
+    is_on_edge,
+    recorded_rows,
+    request_of,
+)
 from tests.contract.oracle import Limits, Oracle
 from tests.contract.oracle.request import parse
 from tests.contract.oracle.text import Text, find_stop
 
-LOGPROB_TOLERANCE = 1e-3
-ZERO_LOGPROB = -103.0  # below about this, exp of it is zero in float32
 WIDE = Limits(max_sequence_length=512)
-
-
-def request_of(row: dict[str, Any], top_n: int = 3) -> dict[str, Any]:
-    """A recorded row as the request that a client would send."""
-    given = dict(row["params"])
-    sampling = {
-        name: given[name]
-        for name in ("temperature", "top_k", "top_p", "typical_p", "seed")
-        if name in given
-    }
-    decoding: dict[str, Any] = {}
-    if "rep" in given:
-        decoding["repetition_penalty"] = given["rep"]
-    if "lp" in given:
-        start, decay = given["lp"]
-        decoding["length_penalty"] = {"start_index": start, "decay_factor": decay}
-    return {
-        "requests": [{"text": row["text"]}],
-        "params": {
-            "method": "SAMPLE" if "temperature" in given else "GREEDY",
-            "sampling": sampling,
-            "decoding": decoding,
-            "stopping": {
-                "max_new_tokens": row["max_new"],
-                "min_new_tokens": given.get("min_new", 0),
-            },
-            "response": {
-                "generated_tokens": True,
-                "input_tokens": True,
-                "token_logprobs": True,
-                "token_ranks": True,
-                "top_n_tokens": top_n,
-            },
-            "truncate_input_tokens": row["truncate"],
-        },
-    }
 
 
 @cache
@@ -56,18 +26,19 @@ def oracle_of(directory: Path) -> Oracle:
     return Oracle(directory, WIDE)
 
 
-def check_row(oracle: Oracle, row: dict[str, Any], logprobs_bind: bool = True) -> None:
+def check_row(oracle: Oracle, row: dict[str, Any]) -> None:
     params = parse(request_of(row), WIDE)
     ids = oracle.text.encode(row["text"], params.truncate)
     steps = oracle.run(ids, params).steps
     assert [step.token_id for step in steps] == [token["id"] for token in row["tokens"]]
     assert ids == [token_id for token_id, _, _ in row["input"]]
-    if not logprobs_bind:
+    if is_on_edge(row):
         return
     for step, token in zip(steps, row["tokens"], strict=True):
         assert step.details.logprob == pytest.approx(token["logprob"], abs=LOGPROB_TOLERANCE)
-        assert step.details.rank == token["rank"]
-        check_top(step.details.top, token["top"])
+        check_rank(step.details.rank, token["rank"])
+        if candidates_bind(row):
+            check_top(step.details.top, token["top"])
     inputs = oracle.input_details(ids, params)
     for details, (_, logprob, rank) in zip(inputs, row["input"], strict=True):
         expected = float("nan") if logprob is None else logprob
@@ -75,39 +46,19 @@ def check_row(oracle: Oracle, row: dict[str, Any], logprobs_bind: bool = True) -
         assert details.rank == rank
 
 
-def check_top(found: list[tuple[int, float]], recorded: list[list[Any]]) -> None:
-    """The same candidates in a right order; equal logprobs may swap on a rounding edge.
-
-    Candidates whose probability is zero in float32 are missing in the recording: there a batch
-    with some top-p row passed every row through the filter. Alone, a row keeps them.
-    """
-    by_id = dict(recorded)
-    found = [(i, logprob) for i, logprob in found if i in by_id or logprob > ZERO_LOGPROB]
-    assert {token_id for token_id, _ in found} == set(by_id)
-    for token_id, logprob in found:
-        assert logprob == pytest.approx(by_id[token_id], abs=LOGPROB_TOLERANCE)
-    values = [logprob for _, logprob in found]
-    assert values == sorted(values, reverse=True)
-
-
-def rows_of(shared_dir: Path, name: str) -> Any:
-    return json.loads((shared_dir / "golden" / name).read_text())
-
-
 @pytest.mark.parametrize("model", ["stories260K", "stories260K-eos"])
 def test_equals_tgis(shared_dir: Path, model: str) -> None:
-    rows = rows_of(shared_dir, "tgis_reference.json")[model]
+    rows = recorded_rows(shared_dir, model)
     assert len(rows) == 78
     for row in rows:
         check_row(oracle_of(shared_dir / "models" / model), row)
 
 
 def test_equals_tgis_encoder_decoder(shared_dir: Path) -> None:
-    rows = rows_of(shared_dir, "tgis_reference_t5.json")
+    rows = recorded_rows(shared_dir, "tiny-t5")
     assert len(rows) == 32
     for row in rows:
-        on_edge = row["text"] == "Hello" and "typical_p" in row["params"]
-        check_row(oracle_of(shared_dir / "models" / "tiny-t5"), row, logprobs_bind=not on_edge)
+        check_row(oracle_of(shared_dir / "models" / "tiny-t5"), row)
 
 
 @pytest.mark.parametrize(
