@@ -25,10 +25,12 @@ class Service(generation_pb2_grpc.GenerationServiceServicer):
 
     def __init__(self) -> None:
         self.requests = []
+        self.keys = []
         self.error: tuple[grpc.StatusCode, str] | None = None
 
     def _note(self, request, context) -> None:
         self.requests.append(request)
+        self.keys.append(dict(context.invocation_metadata()).get("x-api-key"))
         if self.error is not None:
             context.abort(*self.error)
 
@@ -52,6 +54,7 @@ class Service(generation_pb2_grpc.GenerationServiceServicer):
             yield pb.GenerationResponse(generated_token_count=count, text=text, stop_reason=reason)
 
     def ModelInfo(self, request, context):
+        self.keys.append(dict(context.invocation_metadata()).get("x-api-key"))
         return pb.ModelInfoResponse(max_sequence_length=1000, max_new_tokens=150)
 
 
@@ -103,6 +106,27 @@ def test_generate_streams_to_stdout(here, capsys):
             decoding=pb.DecodingParameters(),
         ),
     )
+
+
+@pytest.mark.parametrize("how", [(), ("--no-stream",)])
+def test_generate_with_a_key(here, tmp_path, capsys, how):
+    path = tmp_path / "key"
+    path.write_text("a secret\n")
+    assert here.run("generate", "There", "--api-key-file", str(path), *how) == 0
+    assert here.service.keys == ["a secret"] * 2  # asked for its limits, then generated
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("content", ["", "\n", "two\nlines", "schlüssel", None])
+def test_a_wrong_file_of_a_key_is_one_line(here, tmp_path, capsys, content):
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_text(content)
+    assert here.run("generate", "There", "--api-key-file", str(path)) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert str(path) in err
+    assert not here.service.keys
 
 
 def test_generate_without_stream(here, capsys):

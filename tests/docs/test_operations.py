@@ -24,7 +24,7 @@ set -eu -o pipefail
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 """
 ENDING = f"""
-{sys.executable} call.py "$key"
+{sys.executable} call.py "$(cat key)"
 kill -TERM $server
 wait $server
 echo "== end"
@@ -58,9 +58,7 @@ def test_every_command(tmp_path: Path, ports: dict[str, str]) -> None:
     script = BEGINNING + "\n".join(
         f"echo '== block {number}'\n{part}" for number, part in enumerate(parts)
     )
-    script += (
-        f'\n{sys.executable} call.py "$key"\nkill -TERM $server\nwait $server\necho "== end"\n'
-    )
+    script += ENDING
     env = scrubbed_environment(tmp_path)
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     process = subprocess.Popen(

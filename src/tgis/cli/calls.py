@@ -51,8 +51,9 @@ class Reply:
 class Server:
     """A connection to a server."""
 
-    def __init__(self, channel: grpc.Channel, address: str) -> None:
+    def __init__(self, channel: grpc.Channel, address: str, api_key: str | None = None) -> None:
         self._address = address
+        self._metadata = [] if api_key is None else [("x-api-key", api_key)]
         self._service = GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -61,11 +62,11 @@ class Server:
         """Connect as `tgis.cli.client.add_connection` describes.
 
         Raises:
-            CallError: a file of the TLS options cannot be read.
+            CallError: a file that the options name cannot be read.
         """
-        address = address_of(args)
+        address, api_key = address_of(args), _read_key(args.api_key_file)
         with open_channel(address, args) as channel:
-            yield cls(channel, address)
+            yield cls(channel, address, api_key)
 
     def generate(
         self, text: str, args: argparse.Namespace, *, streaming: bool, forgetting: bool = False
@@ -79,13 +80,20 @@ class Server:
         item = _checked(pb.GenerationRequest, text=text)
         if streaming:
             single = pb.SingleGenerationRequest(request=item, params=params)
-            return Reply(lambda: self._service.GenerateStream(single), self._address)
+            return Reply(
+                lambda: self._service.GenerateStream(single, metadata=self._metadata),
+                self._address,
+            )
         batch = pb.BatchedGenerationRequest(requests=[item], params=params)
-        return Reply(lambda: self._service.Generate(batch).responses, self._address)
+        return Reply(
+            lambda: self._service.Generate(batch, metadata=self._metadata).responses, self._address
+        )
 
     def _parameters(self, args: argparse.Namespace, forgetting: bool) -> pb.Parameters:
         with failures_as_lines(self._address):
-            info = self._service.ModelInfo(pb.ModelInfoRequest(), timeout=_INFO_TIMEOUT)
+            info = self._service.ModelInfo(
+                pb.ModelInfoRequest(), timeout=_INFO_TIMEOUT, metadata=self._metadata
+            )
         max_new_tokens = args.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = max(args.min_new_tokens, min(MAX_NEW_TOKENS, info.max_new_tokens))
@@ -168,6 +176,15 @@ def _read(path: str | None) -> bytes | None:
         return Path(path).read_bytes()
     except OSError as error:
         raise CallError(f"{path}: {error.strerror}") from error
+
+
+def _read_key(path: str | None) -> str | None:
+    if (content := _read(path)) is None:
+        return None
+    key = content.decode(errors="replace").strip()
+    if not (key and key.isascii() and key.isprintable()):
+        raise CallError(f"{path}: not one line of printable ASCII characters")
+    return key
 
 
 def _checked(kind: type[Any], **fields: Any) -> Any:

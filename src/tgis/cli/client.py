@@ -54,6 +54,7 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("connection")
     group.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
     group.add_argument("--port", type=_port, default=8033, help="gRPC port (%(default)s)")
+    group.add_argument("--api-key-file", metavar="PATH", help="the key, if the server asks for one")
     add_tls(parser)
 
 
