@@ -79,7 +79,7 @@ class Channel(Generic[T]):
         """For selectors."""
         return self.sock.fileno()
 
-    def send(self, message: ToChild | ToSupervisor) -> None:
+    def send(self, message: msgspec.Struct) -> None:
         """Send one message.
 
         Raises:
@@ -94,6 +94,11 @@ class Channel(Generic[T]):
         except ConnectionResetError:
             data = b""
         return self._decoder.feed(data) if data else None
+
+
+def how_ended(code: int) -> str:
+    """A process's return code in words."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def open_child() -> tuple[Channel[ToChild], Boot]:

@@ -28,6 +28,7 @@ from tgis.control import (
     Serving,
     ToChild,
     ToSupervisor,
+    how_ended,
 )
 from tgis.errors import StartupError
 from tgis.hub.fast_tokenizer import ensure_fast_tokenizer
@@ -186,12 +187,12 @@ class Supervisor:
         elif child.fatal is not None and not self._served:
             raise _startup_error(child.fatal)
         elif child.name == "front":
-            raise StartupError(f"the front died ({_how(code)})")
+            raise StartupError(f"the front died ({how_ended(code)})")
         elif self._drain_deadline is None:
             self._replace_core(child, code)
 
     def _replace_core(self, child: _Child, code: int) -> None:
-        cause = child.fatal.message if child.fatal else _how(code)
+        cause = child.fatal.message if child.fatal else how_ended(code)
         if not child.loaded:
             self._failed_loads += 1
         if self._failed_loads >= _MAX_FAILED_LOADS:
@@ -249,10 +250,6 @@ class Supervisor:
     @property
     def _drain_seconds(self) -> float:
         return self._config.drain_timeout
-
-
-def _how(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _startup_error(fatal: Fatal) -> StartupError:

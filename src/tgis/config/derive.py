@@ -58,7 +58,7 @@ def complete(draft: Draft) -> None:
     Raises:
         ConfigError: two settings contradict each other.
     """
-    for rule in (_hub_cache, _num_shard, _framework, _log_format, _tls, _ports):
+    for rule in (_hub_cache, _world, _num_shard, _framework, _log_format, _tls, _ports):
         rule(draft)
 
 
@@ -79,15 +79,31 @@ def _hub_cache(draft: Draft) -> None:
             )
 
 
+def _world(draft: Draft) -> None:
+    """RANK and WORLD_SIZE: every process of the model is started by itself, as torchrun does."""
+    world_size, shards = draft.get("world_size") or 1, draft.get("num_shard")
+    for name, least in (("rank", 1), ("local_world_size", 0)):
+        if (draft.get(name) or 0) + least > world_size:
+            most = world_size - least
+            raise ConfigError(f"{draft.where(name)}: at most {most} with WORLD_SIZE={world_size}")
+    if world_size == 1:
+        return
+    if draft.get("rank") is None:
+        raise ConfigError(
+            f"{draft.where('world_size')}: set RANK too, which says which of them this process is"
+        )
+    if draft.get("master_port") in (0, 65535):
+        raise ConfigError(f"{draft.where('master_port')}: the port above it cannot be listened on")
+    if shards not in (None, world_size):
+        both = f"{draft.where('num_shard')} and {draft.where('world_size')}"
+        raise ConfigError(f"{both}: contradict each other; set one of them")
+    draft.put("num_shard", world_size, "WORLD_SIZE")
+
+
 def _num_shard(draft: Draft) -> None:
     """TGIS: counted from the visible devices where it is not given."""
-    if draft.get("num_shard") is None:
-        _count_devices(draft)
-    if (shards := draft.get("num_shard") or 1) > 1:
-        draft.warn(f"num_shard is {shards}, but this version computes in one process.")
-
-
-def _count_devices(draft: Draft) -> None:
+    if draft.get("num_shard") is not None:
+        return
     for variable in _DEVICE_LISTS:
         if variable in draft.environ:
             shards = len(draft.environ[variable].split(","))

@@ -27,8 +27,6 @@ IGNORED: dict[str, Ignored] = {
         bool, "details of input tokens cost nothing unless a request asks for them", env_only=False
     ),
     "max_logprobs": Ignored(int, "up to 10 alternatives are always offered", env_only=False),
-    "rank": Ignored(int, "the server numbers its processes itself"),
-    "world_size": Ignored(int, "num_shard counts the processes"),
     "cuda_pad_to_mult_of_8": Ignored(bool, "inputs are not padded"),
     "pytorch_cuda_alloc_conf": Ignored(str, NO_CUDA),
     "disable_exllama": Ignored(bool, _GPTQ),

@@ -213,7 +213,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         int | None,
         Setting(
             MEMORY,
-            "bytes for keys and values",
+            "bytes for keys and values, of all processes on this machine",
             kind=SIZE,
             check=Check("at least 1MB, such as 4GiB or 512MiB", lambda v: 10**6 <= v < 2**50),
             unset="a share of the memory that is available",
@@ -223,9 +223,9 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         int | None,
         Setting(
             MEMORY,
-            "threads that compute the model",
+            "threads that compute the model, in each process of it",
             check=between(1, 4096, noun="an integer"),
-            unset="one for each core that the process may use",
+            unset="one for each core that the process may use, divided among num_shard",
         ),
     ] = None
     tokenization_workers: Annotated[
@@ -245,7 +245,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Setting(
             MEMORY,
-            "processes that the model is split over (this version uses one)",
+            "processes that the model is split over",
             kind=KINDS[int]._replace(text="NUM_GPUS must be a positive integer"),
             check=at_least(1, "`num_shard` / NUM_GPUS cannot be < 1"),
             aliases={
@@ -257,14 +257,43 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 1
     master_addr: Annotated[
         str,
-        Setting(MEMORY, "address where shards meet", no_effect="there is only one process"),
+        Setting(MEMORY, "address of this server's first process, where the others meet it"),
     ] = "localhost"
     master_port: Annotated[
         int,
         Setting(
-            MEMORY, "port where shards meet", check=PORT, no_effect="there is only one process"
+            MEMORY,
+            "port where the processes meet (any, if not given); with WORLD_SIZE the one above it",
+            check=PORT,
         ),
     ] = 29500
+    rank: Annotated[
+        int,
+        Setting(
+            MEMORY,
+            "which of WORLD_SIZE processes this one is, as torchrun sets it",
+            check=at_least(0),
+            env_only=True,
+        ),
+    ] = 0
+    world_size: Annotated[
+        int,
+        Setting(
+            MEMORY,
+            "processes of the model, if each is started by itself, as torchrun does",
+            check=at_least(1),
+            env_only=True,
+        ),
+    ] = 1
+    local_world_size: Annotated[
+        int,
+        Setting(
+            MEMORY,
+            "of WORLD_SIZE processes, those on this machine, as torchrun sets it",
+            check=at_least(1),
+            env_only=True,
+        ),
+    ] = 1
     estimate_memory: Annotated[
         Literal["auto", "manual", "off"],
         Setting(

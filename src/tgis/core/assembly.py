@@ -12,7 +12,9 @@ from tgis.core.loop import Core, Pulse
 from tgis.core.pool import make_pool
 from tgis.core.scheduler import Scheduler
 from tgis.core.sequence import Opening, decoder_only, encoder_decoder
+from tgis.engines.ranks import load_sharded
 from tgis.engines.registry import load_engine
+from tgis.engines.rendezvous import num_ranks_here
 from tgis.engines.threads import choose_threads
 from tgis.errors import ModelError
 from tgis.sampling import Sampler
@@ -36,12 +38,13 @@ def assemble(
         ConfigError: the settings do not fit the model or the machine.
     """
     config, files = boot.config, boot.files
-    threads, why = choose_threads(config.threads, files)
+    threads, why = choose_threads(config.threads, files, num_ranks_here(config))
     log.info("computing with %d threads: %s", threads, why)
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     limits = effective_limits(config, files)
-    engine = load_engine(config, files, progress)
+    load = load_sharded if config.num_shard > 1 else load_engine
+    engine = load(config, files, progress)
     pool = make_pool(engine, config, limits.max_sequence_length)
     scheduler = Scheduler(
         pool.memory,

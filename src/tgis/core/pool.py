@@ -46,14 +46,14 @@ def _rows(engine: Engine, config: Config, length: int) -> Pool:
     max_step_tokens = _step_tokens(engine, config, max_running, length)
     num_rows = max_running * ROWS_PER_SEQUENCE
     engine.allocate(CacheShape(num_rows, length))
-    granule = engine.caps.kv_granule
+    granule, ranks = engine.caps.kv_granule, engine.caps.ranks_here
     total = kv_capacity(
         config.kv_cache_memory,
-        engine.caps.kv_bytes_per_token,
+        engine.caps.kv_bytes_per_token * ranks,
         length,
         num_rows * (length + granule),
         granule=granule,
-        step_bytes=step_memory(engine, max_step_tokens, length),
+        step_bytes=step_memory(engine, max_step_tokens, length) * ranks,
     )
     memory = RowsMemory(num_rows, total, granule=granule, caching=_caching(engine, config))
     return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)

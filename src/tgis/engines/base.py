@@ -27,9 +27,10 @@ class EngineCaps:
     chunked_prefill: bool
     vocab_size: int
     max_positions: int | None  # None = no limit of its own
-    kv_bytes_per_token: int  # keys and values of one token over all layers
+    kv_bytes_per_token: int  # keys and values of one token over all layers, in each rank
     dtype: str  # of the weights' arithmetic, a torch name such as "bfloat16"
     kv_granule: int = 1  # tokens of a row that the operating system commits at a time (`rows`)
+    ranks_here: int = 1  # processes with a part of the model that share this machine's memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from tgis.config.model import ENGINE_GROUP
 from tgis.engines.base import Engine
 from tgis.errors import ConfigError, ModelError
 from tgis.hub.safetensors import Progress
+from tgis.models.collectives import Group
 from tgis.models.dtypes import choose_dtype
 from tgis.models.families import FAMILIES
 from tgis.models.families.t5 import SEQ2SEQ_FAMILIES
@@ -39,16 +40,29 @@ ENGINES: dict[str, str] = {
 }
 
 
-def load_engine(config: Config, files: ModelFiles, progress: Progress | None = None) -> Engine:
+def load_engine(
+    config: Config,
+    files: ModelFiles,
+    progress: Progress | None = None,
+    group: Group | None = None,
+) -> Engine:
     """Load the model into the engine that the settings and the model's family choose.
+
+    Args:
+        group: the ranks that share the model, if it is split; then this rank's part is loaded.
 
     Raises:
         ConfigError: an engine that is unknown or not installed properly.
         ModelError: the engine does not serve such a model, or its files are wrong.
     """
-    entry = choose_engine(config.deployment_framework, files.model_type)
+    framework = config.deployment_framework
+    if group is not None:
+        framework = _splitting(framework, files.model_type, group.shard.world_size)
+    entry = choose_engine(framework, files.model_type)
     dtype, reason = choose_dtype(config.dtype)
     log.info("Loading %s with engine %s as %s: %s", files.name, entry.name, dtype, reason)
+    if group is not None:
+        return load_native(config, files, dtype, progress, group)
     try:
         load: Load = entry.load()
     except (ImportError, AttributeError) as error:
@@ -89,10 +103,34 @@ def choose_engine(framework: str | None, model_type: str) -> EntryPoint:
     return engines[framework]
 
 
+def _splitting(framework: str | None, model_type: str, num_ranks: int) -> str:
+    """The engine that splits models, which only the native one does.
+
+    Raises:
+        ModelError: it does not serve such a model.
+    """
+    if model_type not in NATIVE_TYPES:
+        raise ModelError(
+            f"num_shard = {num_ranks}: models of type {model_type} cannot be split (only"
+            f" {', '.join(sorted(NATIVE_TYPES))}); set num_shard to 1"
+        )
+    if framework not in (None, NATIVE):
+        log.warning(
+            "Using deployment engine %s rather than %s because more than one shard is configured",
+            NATIVE,
+            framework,
+        )
+    return NATIVE
+
+
 def load_native(
-    config: Config, files: ModelFiles, dtype: torch.dtype, progress: Progress | None
+    config: Config,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    progress: Progress | None,
+    group: Group | None = None,
 ) -> Engine:
-    """Load a model into the native engine.
+    """Load a model, or a rank's part of it, into the native engine.
 
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
@@ -100,7 +138,7 @@ def load_native(
     from tgis.engines import native, native_seq2seq
 
     load = native_seq2seq.load if files.model_type in SEQ2SEQ_FAMILIES else native.load
-    return load(Path(files.path), files.config, dtype, progress)
+    return load(Path(files.path), files.config, dtype, progress, group)
 
 
 def _engines() -> dict[str, EntryPoint]:

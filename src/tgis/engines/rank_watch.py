@@ -1,0 +1,157 @@
+"""The leader's view of its ranks: what they say, whether they live, and the end of them all.
+
+A group that has lost one rank is of no use. The leader then ends itself, which ends the others, and
+the supervisor starts a new one.
+"""
+
+import logging
+import os
+import queue
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+from tgis.control import Channel, Fatal, how_ended
+from tgis.engines.rank_wire import Beat, Broken, ToLeader
+from tgis.errors import ModelError, StartupError
+from tgis.models.collectives import Group
+
+log = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.25
+_SUSPENSE_SECONDS = 1.0  # between a broken collective and the end of the rank that broke it
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Rank:
+    """A rank other than the leader's."""
+
+    number: int
+    channel: Channel[ToLeader]
+    process: subprocess.Popen[bytes] | None  # None: it was started elsewhere
+    last_heard: float = 0.0
+    num_entered: int = 0
+
+
+class Watch(threading.Thread):
+    """Listens to all ranks.
+
+    Args:
+        group: the leader's own collectives.
+        hang_timeout: seconds of silence after which a rank counts as lost.
+    """
+
+    def __init__(self, ranks: list[Rank], group: Group, hang_timeout: float) -> None:
+        super().__init__(name="ranks", daemon=True)
+        self._ranks = ranks
+        self._group = group
+        self._hang_timeout = hang_timeout
+        self._answers: queue.SimpleQueue[tuple[Rank, ToLeader]] = queue.SimpleQueue()
+        self._fatal: StartupError | None = None
+        self._suspicion: tuple[float, str] | None = None
+        self._selector = selectors.DefaultSelector()
+        self.closing = False
+
+    def expect(self, kind: type[T]) -> None:
+        """Wait until every rank has said this.
+
+        Raises:
+            StartupError: a rank said that it cannot go on.
+        """
+        for _ in self._ranks:
+            rank, answer = self._answers.get()
+            self.check()
+            assert isinstance(answer, kind), f"rank {rank.number} answers out of turn"
+
+    def check(self) -> None:
+        """Raise what a rank has reported, if any has.
+
+        Raises:
+            StartupError: a rank said that it cannot go on.
+        """
+        if self._fatal is not None:
+            raise self._fatal
+
+    def lost(self, error: Exception) -> NoReturn:
+        """A rank cannot be reached: find out which, and end."""
+        self._suspect(str(error))
+        while True:
+            self.join()  # it ends the process
+
+    def run(self) -> None:
+        """Listen until the process ends."""
+        for rank in self._ranks:
+            rank.last_heard = time.monotonic()
+            self._selector.register(rank.channel, selectors.EVENT_READ, rank)
+        while not self.closing:
+            for key, _ in self._selector.select(_TICK_SECONDS):
+                self._listen(key.data)
+            self._judge(time.monotonic())
+
+    def _listen(self, rank: Rank) -> None:
+        try:
+            messages = rank.channel.receive()
+        except OSError as error:
+            self._end(f"rank {rank.number} cannot be reached: {error}")
+        if messages is None:
+            self._selector.unregister(rank.channel)
+            if self._fatal is None and not self.closing:
+                self._end(f"rank {rank.number} died{_how(rank)}")
+            return
+        rank.last_heard = time.monotonic()
+        for message in messages:
+            match message:
+                case Beat():
+                    rank.num_entered = message.num_entered
+                case Broken():
+                    self._suspect(f"rank {rank.number}: {message.message}")
+                case Fatal():
+                    self._fatal = ModelError(f"rank {rank.number}: {message.message}")
+                    self._fatal.exit_code = message.exit_code
+                    self._answers.put((rank, message))
+                case _:
+                    self._answers.put((rank, message))
+
+    def _suspect(self, text: str) -> None:
+        """Something is wrong; the rank that is at fault will be known in a moment."""
+        if self._suspicion is None:
+            self._suspicion = (time.monotonic() + _SUSPENSE_SECONDS, text)
+
+    def _judge(self, now: float) -> None:
+        for rank in self._ranks:
+            silence = now - rank.last_heard
+            if silence > self._hang_timeout and self._fatal is None:
+                self._end(f"rank {rank.number} has been silent for {silence:.1f} s")
+        if self._suspicion is not None and now > self._suspicion[0]:
+            self._end(f"{self._laggard()}: {self._suspicion[1]}")
+
+    def _laggard(self) -> str:
+        """Who has come to fewer collectives than others."""
+        entered = {0: self._group.num_entered} | {r.number: r.num_entered for r in self._ranks}
+        least, most = min(entered.values()), max(entered.values())
+        late = [number for number, n in entered.items() if n == least]
+        if least == most:
+            return "the ranks have lost each other"
+        which = f"rank {late[0]} is" if len(late) == 1 else f"ranks {late} are"
+        return f"{which} stuck before collective {least + 1}, others are at {most}"
+
+    def _end(self, text: str) -> NoReturn:
+        if self.closing:
+            sys.exit()  # this thread only
+        log.error("%s; ending the %d ranks of this model", text, len(self._ranks) + 1)
+        os._exit(1)
+
+
+def _how(rank: Rank) -> str:
+    if rank.process is None:
+        return ""
+    try:
+        return f" ({how_ended(rank.process.wait(1))})"
+    except subprocess.TimeoutExpired:
+        return ""

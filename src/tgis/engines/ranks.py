@@ -1,0 +1,154 @@
+"""A model that is split over several processes, as one engine (tensor parallelism).
+
+The core's process is the leader, rank 0: it schedules and samples. The others hold a part of the
+weights and of the cache, receive each step's plan, and take part in its collectives.
+"""
+
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import msgspec
+from torch import Tensor
+
+from tgis.config import Config
+from tgis.control import Boot, Channel
+from tgis.engines import rendezvous
+from tgis.engines.base import CacheShape, Engine
+from tgis.engines.plan import StepPlan
+from tgis.engines.rank_watch import Rank, Watch
+from tgis.engines.rank_wire import (
+    Allocate,
+    Allocated,
+    Connected,
+    Loaded,
+    Release,
+    Step,
+    ToLeader,
+    ToRank,
+)
+from tgis.engines.registry import load_engine
+from tgis.hub.safetensors import Progress
+from tgis.models.collectives import Group, GroupError
+from tgis.models.parallel import Shard
+from tgis.types import ModelFiles
+from tgis.wire import frame
+
+log = logging.getLogger(__name__)
+
+
+def load_sharded(
+    config: Config, files: ModelFiles, progress: Progress | None = None
+) -> "ShardedEngine":
+    """Load a model into `num_shard` processes, of which this is the first.
+
+    Raises:
+        StartupError: a part of it cannot be loaded; the message says on which rank.
+    """
+    if rendezvous.is_spread(config):
+        with rendezvous.listen(config) as server:
+            own = rendezvous.hello(config, files)
+            joined = rendezvous.admit(server, own, config.hang_timeout)
+        ranks = [Rank(number, channel, None) for number, channel in sorted(joined.items())]
+    else:
+        ranks = [_start(config, files, number) for number in range(1, config.num_shard)]
+    group = Group(Shard(0, config.num_shard), config.hang_timeout)
+    watch = Watch(ranks, group, config.hang_timeout)
+    watch.start()
+
+    def watched(bytes_done: int, bytes_total: int) -> None:
+        watch.check()
+        if progress is not None:
+            progress(bytes_done, bytes_total)
+
+    engine = load_engine(config, files, watched, group)
+    sharded = ShardedEngine(engine, ranks, watch, rendezvous.num_ranks_here(config))
+    sharded.connect(config, group)
+    return sharded
+
+
+def _start(config: Config, files: ModelFiles, number: int) -> Rank:
+    """Start a rank as a fresh interpreter, with one end of a socket pair."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tgis.engines.rank_main", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    channel: Channel[ToLeader] = Channel(ours, ToLeader)
+    channel.send(Boot(msgspec.structs.replace(config, rank=number), files, "", ""))
+    log.info("started rank %d of %d (pid %d)", number, config.num_shard, process.pid)
+    return Rank(number, channel, process)
+
+
+class ShardedEngine:
+    """The leader's part of the model, and the ranks with the others.
+
+    Args:
+        engine: the leader's part.
+        ranks_here: ranks that share this machine's memory, the leader included.
+    """
+
+    def __init__(self, engine: Engine, ranks: list[Rank], watch: Watch, ranks_here: int) -> None:
+        self._engine = engine
+        self._ranks = ranks
+        self._watch = watch
+        self.caps = replace(engine.caps, ranks_here=ranks_here)
+
+    def connect(self, config: Config, group: Group) -> None:
+        """Wait until every part is loaded, and bring the ranks together.
+
+        Raises:
+            StartupError: a rank cannot load its part, or MASTER_PORT is taken.
+        """
+        self._watch.expect(Loaded)
+        store, connect, address = rendezvous.open_store(config)
+        self._tell(connect)
+        try:
+            group.connect(store, address)
+        except GroupError as error:
+            self._watch.lost(error)
+        self._watch.expect(Connected)
+        log.info("%d ranks share the model; they meet at %s", len(self._ranks) + 1, address)
+
+    def allocate(self, shape: CacheShape) -> None:
+        """See `Engine.allocate`."""
+        self._engine.allocate(shape)
+        self._tell(Allocate(shape))
+        self._watch.expect(Allocated)
+
+    def forward(self, plan: StepPlan) -> Tensor:
+        """See `Engine.forward`. If a rank is lost, this process ends."""
+        self._tell(Step(plan))
+        try:
+            return self._engine.forward(plan)
+        except GroupError as error:
+            self._watch.lost(error)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """See `Engine.release`."""
+        self._tell(Release(list(slots)))
+        self._engine.release(slots)
+
+    def close(self) -> None:
+        """See `Engine.close`; ends the other ranks."""
+        self._watch.closing = True
+        self._watch.join()
+        for rank in self._ranks:
+            rank.channel.sock.close()
+            if rank.process is not None:
+                rank.process.kill()
+                rank.process.wait()
+        self._engine.close()
+
+    def _tell(self, message: ToRank) -> None:
+        data = frame(message)
+        try:
+            for rank in self._ranks:
+                rank.channel.sock.sendall(data)
+        except OSError as error:
+            self._watch.lost(error)
