@@ -67,7 +67,10 @@ class Cost:
 class Life:
     """What became of one request."""
 
-    arrival: Arrival
+    arrived: float
+    num_prompt: int
+    num_output: int
+    alone: float  # seconds that it would have taken on an idle machine
     started: float = -1.0
     first: float = -1.0
     last: float = -1.0
@@ -91,15 +94,12 @@ class Report:
     def rows(self) -> dict[str, str]:
         """Figures for a table."""
         lives = self.lives
-        queue = [life.started - life.arrival.time for life in lives]
-        first = [life.first - life.arrival.time for life in lives]
+        queue = [life.started - life.arrived for life in lives]
+        first = [life.first - life.arrived for life in lives]
         gaps = [life.longest_gap for life in lives]
-        speed = [
-            self.cost.alone(life.arrival) / max(life.last - life.arrival.time, 1e-9)
-            for life in lives
-        ]
-        outputs = sum(life.arrival.num_output for life in lives)
-        needed = sum(len(life.arrival.prompt) + life.arrival.num_output - 1 for life in lives)
+        speed = [life.alone / (life.last - life.arrived) for life in lives]
+        outputs = sum(life.num_output for life in lives)
+        needed = sum(life.num_prompt + life.num_output - 1 for life in lives)
         again = self.computed_tokens + self.hit_tokens - needed
         span = max(life.last for life in lives)
         return {
@@ -140,8 +140,9 @@ def simulate(scheduler: Scheduler, arrivals: Iterator[Arrival], cost: Cost) -> R
             now = max(now, upcoming.time)
         while upcoming is not None and upcoming.time <= now:
             seq = Sequence.of(uid, _add(uid, upcoming), 0)
-            live[uid] = seq, Life(upcoming)
-            report.lives.append(live[uid][1])
+            life = Life(upcoming.time, seq.num_prompt, upcoming.num_output, cost.alone(upcoming))
+            live[uid] = seq, life
+            report.lives.append(life)
             scheduler.add(seq)
             uid += 1
             upcoming = next(arrivals, None)
@@ -191,7 +192,7 @@ def _account(
             life.longest_gap = now - life.last
         life.last = now
         num_generated = len(seq.token_ids) - seq.num_prompt + 1
-        token = EOS if num_generated >= life.arrival.num_output else num_generated
+        token = EOS if num_generated >= life.num_output else num_generated
         if scheduler.append(seq, token, now) is not FinishReason.NOT_FINISHED:
             del live[row.seq_id]
 
@@ -292,7 +293,7 @@ def draw(reports: dict[str, Report], path: Path) -> None:
 
     figure, (cdf, batch, pool) = pyplot.subplots(3, 1, figsize=(8, 9), layout="constrained")
     for name, report in reports.items():
-        queue = [life.started - life.arrival.time for life in report.lives]
+        queue = [life.started - life.arrived for life in report.lives]
         shares = [percent / 5 for percent in range(501)]
         cdf.plot([percentile(queue, percent) for percent in shares], shares, label=name)
         samples = report.samples[:: -(-len(report.samples) // 500)]
