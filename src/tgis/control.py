@@ -18,6 +18,7 @@ from tgis.types import ModelFiles, ModelInfo
 from tgis.wire import Decoder, frame
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Boot(msgspec.Struct, frozen=True, tag=1):
@@ -99,6 +100,11 @@ class Channel(Generic[T]):
 def how_ended(code: int) -> str:
     """A process's return code in words."""
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def adopt_orphans() -> None:
+    """From now on the children of this process's dead children are its own."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def open_child() -> tuple[Channel[ToChild], Boot]:

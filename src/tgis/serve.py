@@ -4,6 +4,7 @@ It knows neither torch nor gRPC. It sleeps until a child speaks or dies, a signa
 somebody has been silent for too long.
 """
 
+import contextlib
 import logging
 import os
 import selectors
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tgis import __version__
@@ -28,6 +29,7 @@ from tgis.control import (
     Serving,
     ToChild,
     ToSupervisor,
+    adopt_orphans,
     how_ended,
 )
 from tgis.errors import StartupError
@@ -59,7 +61,8 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # the terminal's Ctrl-C is the supervisor's alone
             )
-        self.name = module.rpartition(".")[2]
+        self.module = module
+        self.name = module.rpartition(".")[2].removesuffix("_main")
         self.channel: Channel[ToSupervisor] = Channel(ours, ToSupervisor)
         self.pid_fd = os.pidfd_open(self.process.pid)
         self.last_heard = time.monotonic()
@@ -75,10 +78,20 @@ class _Child:
         except OSError:
             log.debug("%s is gone: not told %s", self.name, type(message).__name__)
 
+    def reap(self) -> int:
+        """Make sure that it is gone, and what it has started; returns its return code."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            with contextlib.suppress(ChildProcessError):
+                while True:
+                    os.waitpid(-self.process.pid, 0)
+        return int(self.process.returncode)
+
     def end(self) -> None:
-        """Make sure that it is gone."""
-        self.process.kill()
-        self.process.wait()
+        """Forget it."""
+        self.reap()
         self.channel.sock.close()
         os.close(self.pid_fd)
 
@@ -88,10 +101,12 @@ class Supervisor:
 
     Args:
         boot: what the children are told.
+        modules: the children; all but the front are replaced when they die.
     """
 
-    def __init__(self, boot: Boot) -> None:
+    def __init__(self, boot: Boot, modules: Sequence[str] = ("tgis.front", "tgis.core")) -> None:
         self._boot = boot
+        self._modules = modules
         self._config = boot.config
         self._selector = selectors.DefaultSelector()
         self._children: dict[str, _Child] = {}
@@ -107,9 +122,10 @@ class Supervisor:
             StartupError: a child reported that the server cannot run.
         """
         restore = self._catch_signals()
+        adopt_orphans()
         try:
-            self._start("tgis.front")
-            self._start("tgis.core")
+            for module in self._modules:
+                self._start(module)
             while self._exit_code is None:
                 for key, _ in self._selector.select(_TICK_SECONDS):
                     handle: Callable[[], None] = key.data
@@ -178,7 +194,7 @@ class Supervisor:
 
     def _bury(self, child: _Child) -> None:
         """A child has exited."""
-        code = child.process.wait()
+        code = child.reap()
         if child.channel.fileno() in self._selector.get_map():
             self._listen(child)  # its last words
         self._stop(child)
@@ -189,16 +205,17 @@ class Supervisor:
         elif child.name == "front":
             raise StartupError(f"the front died ({how_ended(code)})")
         elif self._drain_deadline is None:
-            self._replace_core(child, code)
+            self._replace(child, code)
 
-    def _replace_core(self, child: _Child, code: int) -> None:
+    def _replace(self, child: _Child, code: int) -> None:
         cause = child.fatal.message if child.fatal else how_ended(code)
         if not child.loaded:
             self._failed_loads += 1
         if self._failed_loads >= _MAX_FAILED_LOADS:
-            raise StartupError(f"the core died {self._failed_loads} times while loading: {cause}")
-        log.error("the core died (%s); starting another one", cause)
-        self._start("tgis.core")
+            times = f"{self._failed_loads} times while loading"
+            raise StartupError(f"the {child.name} died {times}: {cause}")
+        log.error("the %s died (%s); starting another one", child.name, cause)
+        self._start(child.module)
 
     def _check_time(self) -> None:
         now = time.monotonic()
@@ -240,7 +257,7 @@ class Supervisor:
                 log.warning("%s again: exiting at once", name)
                 self._exit_code = 128 + number
             elif not self._served:
-                log.info("%s: exiting before the model is loaded", name)
+                log.info("%s: exiting; there are no requests yet", name)
                 self._exit_code = 0
             else:
                 log.info("%s: finishing open requests, at most %g s", name, self._drain_seconds)
@@ -274,6 +291,8 @@ def run(config: Config) -> int:
     log.info("serving %s from %s", files.name, files.path)
     if files.weights[0].endswith(".safetensors"):
         read_headers(Path(files.path))  # what is broken is refused before torch is imported
+    if config.rank > 0:  # the server is that of rank 0
+        return Supervisor(Boot(config, files, "", ""), ["tgis.engines.rank_main"]).run()
     with tempfile.TemporaryDirectory(prefix="tgis-") as directory:
         tokenizer = ensure_fast_tokenizer(
             Path(files.path), Path(directory), config.trust_remote_code

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tgis.control import Alive, Boot, Channel, Fatal, open_child
+from tgis import control
+from tgis.control import Alive, Boot, Channel, Fatal, ToChild, open_child
 from tgis.engines.rank_wire import (
     Allocate,
     Allocated,
@@ -79,7 +80,7 @@ class Heart(threading.Thread):
         os._exit(1)
 
 
-def serve(boot: Boot, leader: Channel[ToRank], heart: Heart) -> None:
+def serve(boot: Boot, supervisor: Channel[ToChild], leader: Channel[ToRank], heart: Heart) -> None:
     """Load this rank's part and obey; returns when the leader is gone.
 
     Raises:
@@ -103,6 +104,8 @@ def serve(boot: Boot, leader: Channel[ToRank], heart: Heart) -> None:
     heart.num_entered = lambda: group.num_entered
     engine = load_engine(config, files, group=group)
     heart.say(leader, Loaded())
+    if config.world_size > 1:
+        heart.say(supervisor, control.Loaded())
     try:
         _obey(leader, heart, engine, group)
     except GroupError as error:
@@ -153,7 +156,7 @@ def main() -> int:
         if leader is None:
             leader = _join(boot)
             heart.follow(leader)
-        serve(boot, leader, heart)
+        serve(boot, parent, leader, heart)
     except StartupError as error:
         listeners = {id(c): c for c in (parent, leader) if c is not None}
         for channel in listeners.values():

@@ -23,6 +23,7 @@ from tgis.models.collectives import Group
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
+_LOADING_SECONDS = 60.0  # of silence while a rank starts and loads, which keeps even threads busy
 _SUSPENSE_SECONDS = 1.0  # between a broken collective and the end of the rank that broke it
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class Rank:
     channel: Channel[ToLeader]
     process: subprocess.Popen[bytes] | None  # None: it was started elsewhere
     last_heard: float = 0.0
+    loaded: bool = False
     num_entered: int = 0
 
 
@@ -116,6 +118,7 @@ class Watch(threading.Thread):
                     self._fatal.exit_code = message.exit_code
                     self._answers.put((rank, message))
                 case _:
+                    rank.loaded = True
                     self._answers.put((rank, message))
 
     def _suspect(self, text: str) -> None:
@@ -126,7 +129,8 @@ class Watch(threading.Thread):
     def _judge(self, now: float) -> None:
         for rank in self._ranks:
             silence = now - rank.last_heard
-            if silence > self._hang_timeout and self._fatal is None:
+            limit = self._hang_timeout if rank.loaded else _LOADING_SECONDS
+            if silence > limit and self._fatal is None:
                 self._end(f"rank {rank.number} has been silent for {silence:.1f} s")
         if self._suspicion is not None and now > self._suspicion[0]:
             self._end(f"{self._laggard()}: {self._suspicion[1]}")
