@@ -257,7 +257,7 @@ class Supervisor:
                 log.warning("%s again: exiting at once", name)
                 self._exit_code = 128 + number
             elif not self._served:
-                log.info("%s: exiting; there are no requests yet", name)
+                log.info("%s: exiting; no request is open", name)
                 self._exit_code = 0
             else:
                 log.info("%s: finishing open requests, at most %g s", name, self._drain_seconds)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tests.kit.fake_engine import FakeEngine
 
-from tgis.core.memory import available_memory, kv_capacity, step_memory
+from tgis.core.memory import kv_capacity, step_memory
 from tgis.engines.base import CacheShape
+from tgis.engines.host_memory import available_memory
 from tgis.engines.plan import StepPlan
 from tgis.errors import ConfigError
 

@@ -4,12 +4,11 @@ Once the weights are loaded, one small step with all its logits is run, and its 
 scaled to a step of full size. Of what then is available, a share is the pool's.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 from tgis.engines.base import Engine
+from tgis.engines.host_memory import available_memory
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.errors import ConfigError
 from tgis.types import ModelKind
@@ -21,50 +20,6 @@ log = logging.getLogger(__name__)
 DEFAULT_SHARE = 0.5
 _PROBE_TOKENS = 64
 _MIB = 1 << 20
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: the machine's, or less by a cgroup's limit.
-
-    Args:
-        root: of the file system, for tests.
-    """
-    fields = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
-    available = next(int(words[1]) * 1024 for words in fields if words[0] == "MemAvailable:")
-    return min([available, *_cgroup_rooms(root)])
-
-
-def _cgroup_rooms(root: Path) -> Iterator[int]:
-    """What is left in each cgroup that this process is in, own and above, version 1 and 2."""
-    names = ("memory.max", "memory.current", "inactive_file")
-    names_v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            own = Path(path.lstrip("/"))
-            if not controllers:
-                base, files = root / "sys/fs/cgroup", names
-            elif "memory" in controllers.split(","):
-                base, files = root / "sys/fs/cgroup/memory", names_v1
-            else:
-                continue
-            for group in (own, *own.parents):
-                room = _cgroup_room(base / group, *files)
-                if room is not None:
-                    yield room
-
-
-def _cgroup_room(group: Path, limit_name: str, usage_name: str, reclaimable: str) -> int | None:
-    """Limit less usage; files that nobody has used lately do not count. None = no limit."""
-    try:
-        limit = (group / limit_name).read_text().strip()
-        usage = int((group / usage_name).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    if limit == "max":
-        return None
-    return max(int(limit) - usage + int(stat.get(reclaimable, 0)), 0)
 
 
 def step_memory(engine: Engine, max_step_tokens: int, max_sequence_length: int) -> int:
@@ -108,6 +63,7 @@ def kv_capacity(
     *,
     granule: int = 1,
     step_bytes: int = 0,
+    elsewhere: int | None = None,
 ) -> int:
     """Tokens that fit, a multiple of `granule`; says so in the log.
 
@@ -117,11 +73,13 @@ def kv_capacity(
         most_tokens: more are of no use.
         granule: tokens that are committed at a time.
         step_bytes: what a step needs beside.
+        elsewhere: bytes that are available on another machine that holds as much.
 
     Raises:
         ConfigError: not even one sequence of full length fits.
     """
-    available = max(available_memory() - step_bytes, 0)
+    available = available_memory() if elsewhere is None else min(available_memory(), elsewhere)
+    available = max(available - step_bytes, 0)
     room = int(available * DEFAULT_SHARE) if memory is None else memory
     tokens = min(room // bytes_per_token, most_tokens) // granule * granule
     if tokens < -(-max_sequence_length // granule) * granule:

@@ -54,6 +54,7 @@ def _rows(engine: Engine, config: Config, length: int) -> Pool:
         num_rows * (length + granule),
         granule=granule,
         step_bytes=step_memory(engine, max_step_tokens, length) * ranks,
+        elsewhere=engine.caps.memory_elsewhere,
     )
     memory = RowsMemory(num_rows, total, granule=granule, caching=_caching(engine, config))
     return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)

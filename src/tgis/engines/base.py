@@ -31,6 +31,8 @@ class EngineCaps:
     dtype: str  # of the weights' arithmetic, a torch name such as "bfloat16"
     kv_granule: int = 1  # tokens of a row that the operating system commits at a time (`rows`)
     ranks_here: int = 1  # processes with a part of the model that share this machine's memory
+    # Bytes available on the machine of other ranks that has least, for as many ranks as are here.
+    memory_elsewhere: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

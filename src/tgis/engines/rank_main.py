@@ -88,6 +88,7 @@ def serve(boot: Boot, supervisor: Channel[ToChild], leader: Channel[ToRank], hea
     """
     import torch
 
+    from tgis.engines.host_memory import available_memory
     from tgis.engines.registry import load_engine
     from tgis.engines.rendezvous import num_ranks_here
     from tgis.engines.threads import choose_threads
@@ -95,7 +96,8 @@ def serve(boot: Boot, supervisor: Channel[ToChild], leader: Channel[ToRank], hea
     from tgis.models.parallel import Shard
 
     config, files = boot.config, boot.files
-    threads, why = choose_threads(config.threads, files, num_ranks_here(config))
+    ranks_here = num_ranks_here(config)
+    threads, why = choose_threads(config.threads, files, ranks_here)
     log.info("computing with %d threads: %s", threads, why)
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
@@ -103,7 +105,7 @@ def serve(boot: Boot, supervisor: Channel[ToChild], leader: Channel[ToRank], hea
     group = Group(shard, config.hang_timeout + _LEADER_FIRST_SECONDS)
     heart.num_entered = lambda: group.num_entered
     engine = load_engine(config, files, group=group)
-    heart.say(leader, Loaded())
+    heart.say(leader, Loaded(available_memory(), ranks_here))
     if config.world_size > 1:
         heart.say(supervisor, control.Loaded())
     try:

@@ -60,16 +60,19 @@ class Watch(threading.Thread):
         self._selector = selectors.DefaultSelector()
         self.closing = False
 
-    def expect(self, kind: type[T]) -> None:
-        """Wait until every rank has said this.
+    def expect(self, kind: type[T]) -> list[T]:
+        """Wait until every rank has said this, in no particular order.
 
         Raises:
             StartupError: a rank said that it cannot go on.
         """
+        answers: list[T] = []
         for _ in self._ranks:
             rank, answer = self._answers.get()
             self.check()
             assert isinstance(answer, kind), f"rank {rank.number} answers out of turn"
+            answers.append(answer)
+        return answers
 
     def check(self) -> None:
         """Raise what a rank has reported, if any has.

@@ -38,6 +38,9 @@ class Beat(msgspec.Struct, frozen=True, tag=12):
 class Loaded(msgspec.Struct, frozen=True, tag=13):
     """The rank's part of the model is in memory."""
 
+    available_memory: int  # bytes, of its machine
+    ranks_here: int  # that share them
+
 
 class Connect(msgspec.Struct, frozen=True, tag=14):
     """Meet the other ranks for collectives, at this store."""

@@ -105,7 +105,11 @@ class ShardedEngine:
         Raises:
             StartupError: a rank cannot load its part, or MASTER_PORT is taken.
         """
-        self._watch.expect(Loaded)
+        loaded = self._watch.expect(Loaded)
+        if rendezvous.is_spread(config):
+            here = self.caps.ranks_here
+            elsewhere = min(rank.available_memory * here // rank.ranks_here for rank in loaded)
+            self.caps = replace(self.caps, memory_elsewhere=elsewhere)
         store, connect, address = rendezvous.open_store(config)
         self._tell(connect)
         try:

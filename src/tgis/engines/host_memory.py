@@ -1,0 +1,49 @@
+"""How much memory a process may still take."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: the machine's, or less by a cgroup's limit.
+
+    Args:
+        root: of the file system, for tests.
+    """
+    fields = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
+    available = next(int(words[1]) * 1024 for words in fields if words[0] == "MemAvailable:")
+    return min([available, *_cgroup_rooms(root)])
+
+
+def _cgroup_rooms(root: Path) -> Iterator[int]:
+    """What is left in each cgroup that this process is in, own and above, version 1 and 2."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    names_v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own = Path(path.lstrip("/"))
+            if not controllers:
+                base, files = root / "sys/fs/cgroup", names
+            elif "memory" in controllers.split(","):
+                base, files = root / "sys/fs/cgroup/memory", names_v1
+            else:
+                continue
+            for group in (own, *own.parents):
+                room = _cgroup_room(base / group, *files)
+                if room is not None:
+                    yield room
+
+
+def _cgroup_room(group: Path, limit_name: str, usage_name: str, reclaimable: str) -> int | None:
+    """Limit less usage; files that nobody has used lately do not count. None = no limit."""
+    try:
+        limit = (group / limit_name).read_text().strip()
+        usage = int((group / usage_name).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    return max(int(limit) - usage + int(stat.get(reclaimable, 0)), 0)
