@@ -291,12 +291,12 @@ def draw(reports: dict[str, Report], path: Path) -> None:
     """Queueing times, batch and queue, and use of the pool over time."""
     from matplotlib import pyplot  # the extra `bench`
 
-    figure, (cdf, batch, pool) = pyplot.subplots(3, 1, figsize=(8, 9), layout="constrained")
+    figure, (cdf, batch, pool) = pyplot.subplots(3, 1, figsize=(7, 8), layout="constrained")
     for name, report in reports.items():
         queue = [life.started - life.arrived for life in report.lives]
         shares = [percent / 5 for percent in range(501)]
         cdf.plot([percentile(queue, percent) for percent in shares], shares, label=name)
-        samples = report.samples[:: -(-len(report.samples) // 500)]
+        samples = report.samples[:: -(-len(report.samples) // 200)]
         times = [now for now, *_ in samples]
         (line,) = batch.plot(times, [running for _, running, _, _ in samples], label=name)
         batch.plot(times, [waiting for _, _, waiting, _ in samples], ":", color=line.get_color())

@@ -7,7 +7,6 @@ prepare prompts whose names collide.
 
 import secrets
 from array import array
-from collections.abc import Iterator
 from hashlib import blake2b
 
 from tgis.core.sequence import Sequence
@@ -26,16 +25,15 @@ class PrefixNames:
         self.run = run
         self._key = secrets.token_bytes(32)
 
-    def of(self, seq: Sequence, num_tokens: int) -> Iterator[bytes]:
+    def of(self, seq: Sequence, num_tokens: int) -> list[bytes]:
         """Names of the first 1, 2, ... runs that lie within the first `num_tokens` tokens.
 
-        They are made when they are asked for, and kept in `seq.prefix_names`.
+        They are made once, and kept in `seq.prefix_names`.
         """
-        names = seq.prefix_names
-        for number in range(num_tokens // self.run):
-            if number == len(names):
-                names.append(self._name(seq, number))
-            yield names[number]
+        names, count = seq.prefix_names, num_tokens // self.run
+        while len(names) < count:
+            names.append(self._name(seq, len(names)))
+        return names[:count]
 
     def _name(self, seq: Sequence, number: int) -> bytes:
         before = seq.prefix_names[-1] if number else seq.salt

@@ -106,10 +106,10 @@ class RowsMemory:
         if not self.caching:
             return
         row = self._rows[seq.slot]
-        for number, name in enumerate(self._names.of(seq, seq.num_computed)):
-            if number == len(row.names):
-                row.names.append(name)
-                self._index.setdefault(name, {})[row.slot] = None
+        names = self._names.of(seq, seq.num_computed)
+        for name in names[len(row.names) :]:
+            self._index.setdefault(name, {})[row.slot] = None
+        row.names = names
 
     def close(self, seq: Sequence, keep: bool = True) -> None:
         """See `KvMemory.close`."""
