@@ -66,6 +66,7 @@ def test_estimate_memory(mode: str, margin: int, limit: float) -> None:
     pool, _ = pool_of("padded", estimate_memory=mode, batch_safety_margin=margin)
     assert isinstance(pool.budget, PaddedBudget)
     assert pool.budget.model.limit == limit
+    assert pool.memory.total == min(limit, 12 * LENGTH)
 
 
 def test_a_length_that_does_not_fit_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Which memory and which budget an engine gets, and how large they are."""
 
+import logging
 from typing import NamedTuple
 
 from tgis.config import Config
@@ -10,6 +11,8 @@ from tgis.core.kv.rows import RowsMemory
 from tgis.core.memory import kv_capacity, step_memory
 from tgis.engines.base import CacheShape, Engine
 from tgis.types import ModelKind
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MAX_RUNNING = 128
 DEFAULT_MAX_RUNNING_PADDED = 12  # as TGIS
@@ -81,9 +84,14 @@ def _padded(engine: Engine, config: Config, length: int) -> Pool:
     """The engine keeps its own cache, and the budget alone governs it."""
     max_running = config.max_batch_size or DEFAULT_MAX_RUNNING_PADDED
     engine.allocate(CacheShape(max_running, length))
-    memory = RowsMemory(max_running, max_running * length, caching=False)
+    model = _padded_model(engine, config, max_running, length)
+    total = int(min(model.limit, max_running * length))
+    log.info(
+        "ESTIMATE_MEMORY=%s: %d tokens in a batch, with padding", config.estimate_memory, total
+    )
+    memory = RowsMemory(max_running, total, caching=False)
     budget = PaddedBudget(
-        _padded_model(engine, config, max_running, length),
+        model,
         max_prefill_padding=config.max_prefill_padding,
         max_waiting_tokens=config.max_waiting_tokens,
     )
