@@ -113,9 +113,8 @@ class NativeEngine:
     def forward(self, plan: StepPlan) -> Tensor:
         """See `Engine.forward`."""
         assert self._cache is not None, "allocate comes before forward"
-        sums = self._decoder.sums(plan.num_tokens)
-        vocab_size = self.caps.vocab_size
-        with self._decoder.group.step(sums, plan.num_logits, vocab_size), allocations():
+        exchanges = self._decoder.exchanges(plan.num_tokens, plan.num_logits)
+        with self._decoder.group.step(exchanges), allocations():
             for copy in plan.copies:
                 self._cache.copy(copy.source, copy.target, copy.num_tokens)
             tokens = NewTokens()

@@ -96,9 +96,8 @@ class NativeSeq2SeqEngine:
         new = [row for row in plan.rows if row.start == 0]
         num_encoded = sum(len(row.encoder_ids or []) for row in new)
         num_tokens = sum(len(row.token_ids) for row in plan.rows)
-        sums = self._network.sums(num_encoded, num_tokens)
-        vocab_size = self.caps.vocab_size
-        with self._network.group.step(sums, plan.num_logits, vocab_size), allocations():
+        exchanges = self._network.exchanges(num_encoded, num_tokens, plan.num_logits)
+        with self._network.group.step(exchanges), allocations():
             self._encode(new, self._caches)
             tokens = NewTokens()
             for row in plan.rows:

@@ -34,10 +34,10 @@ class _Backend(Protocol):
     def gather(self, out: list[list[Tensor]], tensors: list[Tensor], options: object) -> Any: ...
 
 
-class PartialSum(NamedTuple):
-    """A tensor that a step sums over the ranks."""
+class Exchange(NamedTuple):
+    """A tensor that the ranks sum or gather."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     dtype: torch.dtype
 
 
@@ -115,16 +115,14 @@ class Group:
         return torch.cat([part[:-1] for part in parts], dim=1)[:, :num_columns].contiguous()
 
     @contextmanager
-    def step(self, sums: Sequence[PartialSum], num_logits: int, vocab_size: int) -> Iterator[None]:
+    def step(self, exchanges: Sequence[Exchange]) -> Iterator[None]:
         """A step that this rank takes part in to its end, even if it fails in the middle.
 
         The other ranks would wait in vain for one that gave up. So it takes part in the sums that
         are left with zeros, and `gather` tells rank 0 that the step is of no use.
 
         Args:
-            sums: all that the step makes, in order.
-            num_logits: rows that the step ends with gathering.
-            vocab_size: columns of them.
+            exchanges: all that the step makes, in order: sums, and at the end what it gathers.
         """
         first, self._gathered = self.num_entered, False
         try:
@@ -133,11 +131,11 @@ class Group:
             raise
         except Exception as error:
             if self._ranks is not None and not self._gathered:
-                for shape, dtype in sums[self.num_entered - first :]:
-                    self.sum_(torch.zeros(shape, dtype=dtype, device=self._device))
+                *sums, ((num_rows, num_columns), dtype) = exchanges
+                for shape, sum_dtype in sums[self.num_entered - first :]:
+                    self.sum_(torch.zeros(shape, dtype=sum_dtype, device=self._device))
                 code = _OUT_OF_MEMORY if isinstance(error, MemoryError) else _ERROR
-                nothing = torch.empty(0, 0, dtype=sums[0].dtype)
-                self._gather(nothing, num_logits, vocab_size, code)
+                self._gather(torch.empty(0, 0, dtype=dtype), num_rows, num_columns, code)
             raise
 
     def _gather(self, x: Tensor, num_rows: int, num_columns: int, code: int) -> list[Tensor]:

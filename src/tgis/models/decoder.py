@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tgis.models.attention.rows import RowsAttention, operators
-from tgis.models.collectives import Group, PartialSum
+from tgis.models.collectives import Exchange, Group
 from tgis.models.families.base import TensorNames
 from tgis.models.inputs import StepInputs
 from tgis.models.kv_cache import LayerCache, RowsCache
@@ -97,11 +97,12 @@ class Decoder:
             addition = self._run_block(block, stream, addition, layer_cache, inputs)
         return self._logits(stream, addition, inputs.logits_index)
 
-    def sums(self, num_tokens: int) -> list[PartialSum]:
-        """What a step of so many tokens sums over the ranks: embeddings, then in every block."""
+    def exchanges(self, num_tokens: int, num_logits: int) -> list[Exchange]:
+        """What ranks exchange in a step: embeddings, then in every block, then logits."""
         per_block = 2 if self.spec.topology == "sequential" else 1
-        whole = PartialSum((num_tokens, self.spec.hidden_size), self.dtype)
-        return [whole] * (1 + per_block * self.spec.num_layers)
+        stream = Exchange((num_tokens, self.spec.hidden_size), self.dtype)
+        logits = Exchange((num_logits, self.spec.vocab_size), self.dtype)
+        return [stream] * (1 + per_block * self.spec.num_layers) + [logits]
 
     def _embed(self, inputs: StepInputs) -> Tensor:
         x = self.group.sum_(self._embedding(inputs.token_ids))

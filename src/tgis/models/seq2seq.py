@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tgis.models.attention.rows import operators
-from tgis.models.collectives import Group, PartialSum
+from tgis.models.collectives import Exchange, Group
 from tgis.models.inputs import NewTokens, StepInputs
 from tgis.models.kv_cache import LayerCache, RowsCache
 from tgis.models.parallel import VocabularyTable
@@ -129,21 +129,22 @@ class Seq2Seq:
             addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended))
         return self._logits(stream, addition, inputs.logits_index)
 
-    def sums(self, num_encoded: int, num_tokens: int) -> list[PartialSum]:
-        """What a step sums over the ranks: both stacks' embeddings, then in every block.
+    def exchanges(self, num_encoded: int, num_tokens: int, num_logits: int) -> list[Exchange]:
+        """What ranks exchange in a step: both stacks' embeddings and blocks, then logits.
 
         Args:
             num_encoded: tokens of the encoder; 0 if it has nothing to do.
             num_tokens: of the decoder.
         """
 
-        def stack(tokens: int, num_attentions: int, num_layers: int) -> list[PartialSum]:
-            attended = PartialSum((tokens, self.spec.hidden_size), self.dtype)
+        def stack(tokens: int, num_attentions: int, num_layers: int) -> list[Exchange]:
+            attended = Exchange((tokens, self.spec.hidden_size), self.dtype)
             block = [attended] * num_attentions + [attended._replace(dtype=torch.float32)]
             return [attended, *(block * num_layers)]
 
         encoder = stack(num_encoded, 1, self.spec.num_encoder_layers) if num_encoded else []
-        return encoder + stack(num_tokens, 2, self.spec.num_decoder_layers)
+        decoder = stack(num_tokens, 2, self.spec.num_decoder_layers)
+        return [*encoder, *decoder, Exchange((num_logits, self.spec.vocab_size), self.dtype)]
 
     def _encoder_states(self, inputs: StepInputs, longest: int) -> Tensor:
         """[T, hidden] of whole inputs, which lie in slots 0, 1, ... of a scratch cache."""
