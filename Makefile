@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev run test test-slow lint types floors check format proto docs clean
+.PHONY: build build-cuda build-test-image integration-tests
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +61,27 @@ docs: install-dev ## Generate the reference pages in docs/
 	$(BIN)/python tools/generate_config_docs.py
 	$(BIN)/python -m tools.generate_models_docs
 	$(BIN)/python tools/generate_dashboard.py
+
+# The container image, with docker or podman. docs/deploy.md says more.
+CONTAINER ?= $(notdir $(firstword $(shell command -v docker podman) docker))
+IMAGE     ?= text-gen-server:0
+TESTS     := cpu-tests:0
+COMMIT     = $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+RELEASE    = $(CONTAINER) build --target server-release --build-arg GIT_COMMIT=$(COMMIT)
+
+build: ## Build the container image for CPUs, text-gen-server:0 or IMAGE
+	$(RELEASE) --build-arg DEVICE=cpu --tag $(IMAGE) .
+
+build-cuda: ## The same for CUDA devices, with -cuda after its tag
+	$(RELEASE) --build-arg DEVICE=cuda --tag $(IMAGE)-cuda .
+
+build-test-image: ## Build the container image that has the tests
+	$(CONTAINER) build --target cpu-tests --build-arg DEVICE=cpu --tag $(TESTS) .
+
+# Neither a network nor a file system to write to. TGIS_SHARED names a directory of larger models.
+integration-tests: build-test-image ## Run the integration tests in a container
+	$(CONTAINER) run --rm --network none --read-only --tmpfs /tmp --tmpfs /home/tgis:mode=0770,uid=2000 \
+		$(if $(TGIS_SHARED),--volume $(TGIS_SHARED):/shared:ro --env TGIS_SHARED=/shared) $(TESTS)
 
 clean: ## Remove the environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
