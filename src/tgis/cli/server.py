@@ -7,7 +7,7 @@ when it runs.
 import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from tgis import __version__
@@ -142,7 +142,7 @@ def _add_serve(parser: ArgumentParser) -> None:
         "--sharded",
         action=BooleanOptionalAction,
         default=False,
-        help=f"over WORLD_SIZE shards; needs {', '.join(_RENDEZVOUS)} [no]",
+        help=f"as one of several processes; needs {', '.join(_RENDEZVOUS)} [no]",
     )
 
 
@@ -154,18 +154,16 @@ def _serve(arguments: Namespace) -> int:
         log = termination_log_path([], os.environ)
         if code := exit_code_of(_check_rendezvous, PROGRAM, log):
             return code
-    return serve(launcher_flags(arguments, os.environ), Program(f"{PROGRAM} serve", {}))
+    return serve(launcher_flags(arguments), Program(f"{PROGRAM} serve", {}))
 
 
-def launcher_flags(arguments: Namespace, environ: Mapping[str, str]) -> list[str]:
+def launcher_flags(arguments: Namespace) -> list[str]:
     """The options of `serve` as text-generation-launcher's."""
     flags = [f"--model-name={arguments.model_name}"]
     flags += [f"--deployment-framework={arguments.framework}"]
     for option, setting in _SETTINGS.items():
         if (value := getattr(arguments, option.replace("-", "_"))) is not None:
             flags.append(f"--{setting}={value}")
-    if arguments.sharded:
-        flags.append(f"--num-shard={environ['WORLD_SIZE']}")
     return flags
 
 
@@ -173,11 +171,6 @@ def _check_rendezvous() -> int:
     for variable in _RENDEZVOUS:
         if not os.environ.get(variable):
             raise ConfigError(f"{variable} must be set when sharded is True")
-    if os.environ["RANK"] != "0":
-        raise ConfigError(
-            f"RANK={os.environ['RANK'][:20]!a}: one process serves all shards; start it with RANK=0"
-            " only"
-        )
     return 0
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tgis.errors import ModelError
 from tgis.hub.headers import INDEX_NAME, read_header
 from tgis.hub.safetensors import DTYPES, Checkpoint
-from tgis.hub.shared_tensors import duplicates
+from tgis.hub.shared_tensors import duplicates, overlapping
 from tgis.hub.weight_files import CONVERTED, weight_files
 
 _INDEX_SUFFIX = ".bin.index.json"
@@ -169,8 +169,9 @@ def _why(error: Exception) -> str:
 
 
 def _save(tensors: Tensors, target: Path, metadata: dict[str, str]) -> None:
-    # Views get memory of their own: the library refuses overlapping tensors.
     own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for group in list(overlapping(own)):  # the library refuses them
+        own |= {name: own[name].clone() for name in group[1:]}
     try:
         save_file(own, target, metadata)
     except SafetensorError as error:

@@ -31,7 +31,7 @@ def duplicates(tensors: Mapping[str, torch.Tensor], config: Path) -> dict[str, s
     """
     removed: dict[str, str] = {}
     derived: re.Pattern[str] | None = None
-    for names in _overlapping(tensors):
+    for names in overlapping(tensors):
         complete = [name for name in names if _is_complete(tensors[name])]
         if not complete:
             raise ModelError(
@@ -46,7 +46,7 @@ def duplicates(tensors: Mapping[str, torch.Tensor], config: Path) -> dict[str, s
     return removed
 
 
-def _overlapping(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+def overlapping(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
     """Groups of two or more sorted names whose tensors share bytes."""
     storages: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in tensors.items():
