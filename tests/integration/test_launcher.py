@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tests.kit.client import Status, connect_blocking
 from tests.kit.server import Server, free_ports, scrubbed_environment
 
