@@ -19,7 +19,7 @@ from tgis.wire import Add
 
 TOKENS, SLOTS, BUDGET = 256, 8, 32
 STEP_SECONDS = 0.1
-STEPS = 400
+STEPS = 200
 
 Size = tuple[int, int]  # prompt, new tokens
 Adversary = Callable[[int, random.Random], list[Size]]

@@ -5,9 +5,11 @@ With the native engine in float32, on a checkpoint with random weights.
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tests.kit.core_house import House, open_house
 from tests.models.twins import CONFIGS, load_engine, random_ids, save_checkpoint
 
@@ -88,8 +90,11 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("llama"))
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # steps are so small that more only wait for each other
+    yield Lab(tmp_path_factory.mktemp("llama"))
+    torch.set_num_threads(threads)
 
 
 def same(answers: Answers, alone: Answers) -> None:
