@@ -9,7 +9,6 @@ import os
 import queue
 import selectors
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -83,11 +82,16 @@ class Watch(threading.Thread):
         if self._fatal is not None:
             raise self._fatal
 
+    def suspect(self, text: str) -> None:
+        """A collective broke; end in a moment, when it is known which rank is at fault."""
+        if self._suspicion is None:
+            self._suspicion = (time.monotonic() + _SUSPENSE_SECONDS, text)
+
     def lost(self, error: Exception) -> NoReturn:
-        """A rank cannot be reached: find out which, and end."""
-        self._suspect(str(error))
+        """A rank cannot be reached; does not return, since the process ends."""
+        self.suspect(str(error))
         while True:
-            self.join()  # it ends the process
+            threading.Event().wait()
 
     def run(self) -> None:
         """Listen until the process ends."""
@@ -104,9 +108,10 @@ class Watch(threading.Thread):
             messages = rank.channel.receive()
         except OSError as error:
             self._end(f"rank {rank.number} cannot be reached: {error}")
+            return
         if messages is None:
             self._selector.unregister(rank.channel)
-            if self._fatal is None and not self.closing:
+            if self._fatal is None:
                 self._end(f"rank {rank.number} died{_how(rank)}")
             return
         rank.last_heard = time.monotonic()
@@ -115,7 +120,7 @@ class Watch(threading.Thread):
                 case Beat():
                     rank.num_entered = message.num_entered
                 case Broken():
-                    self._suspect(f"rank {rank.number}: {message.message}")
+                    self.suspect(f"rank {rank.number}: {message.message}")
                 case Fatal():
                     self._fatal = ModelError(f"rank {rank.number}: {message.message}")
                     self._fatal.exit_code = message.exit_code
@@ -123,11 +128,6 @@ class Watch(threading.Thread):
                 case _:
                     rank.loaded = True
                     self._answers.put((rank, message))
-
-    def _suspect(self, text: str) -> None:
-        """Something is wrong; the rank that is at fault will be known in a moment."""
-        if self._suspicion is None:
-            self._suspicion = (time.monotonic() + _SUSPENSE_SECONDS, text)
 
     def _judge(self, now: float) -> None:
         for rank in self._ranks:
@@ -148,11 +148,11 @@ class Watch(threading.Thread):
         which = f"rank {late[0]} is" if len(late) == 1 else f"ranks {late} are"
         return f"{which} stuck before collective {least + 1}, others are at {most}"
 
-    def _end(self, text: str) -> NoReturn:
-        if self.closing:
-            sys.exit()  # this thread only
-        log.error("%s; ending the %d ranks of this model", text, len(self._ranks) + 1)
-        os._exit(1)
+    def _end(self, text: str) -> None:
+        if not self.closing:
+            self.closing = True
+            log.error("%s; ending the %d ranks of this model", text, len(self._ranks) + 1)
+            os._exit(1)
 
 
 def _how(rank: Rank) -> str:

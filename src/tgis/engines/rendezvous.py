@@ -11,6 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Collection
+from contextlib import ExitStack
 from datetime import timedelta
 
 import msgspec
@@ -98,14 +99,15 @@ def join(config: Config, own: Hello) -> Channel[ToRank]:
     log.info("rank %d of %d joins %s:%d", own.rank, own.world_size, *address)
     while True:
         try:
-            sock = socket.create_connection(address, timeout=_HELLO_SECONDS)
-            sock.settimeout(None)
-            _keep_alive(sock, config.hang_timeout)
-            channel: Channel[ToRank] = Channel(sock, ToRank)
-            channel.send(own)
-            if _is_welcome(channel):
-                return channel
-            sock.close()
+            with ExitStack() as stack:
+                sock = stack.enter_context(socket.create_connection(address, _HELLO_SECONDS))
+                sock.settimeout(None)
+                _keep_alive(sock, config.hang_timeout)
+                channel: Channel[ToRank] = Channel(sock, ToRank)
+                channel.send(own)
+                if _is_welcome(channel):
+                    stack.pop_all()
+                    return channel
         except OSError as error:
             log.debug("the leader cannot be reached: %s", error)
         time.sleep(_RETRY_SECONDS)
