@@ -167,7 +167,8 @@ def _progress(name: str, total: int, there: int) -> Any:
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        disable=not sys.stderr,  # closed
+        mininterval=0.2 if sys.stderr and sys.stderr.isatty() else 10.0,
     )
 
 
