@@ -68,12 +68,12 @@ class Watched(Generic[T]):
         names = ", ".join(map(str, self._paths))
         try:
             value = self._made()
+            self._on_change(value)
         except BadFileError as error:
             self._metrics.count("tgi_credentials_reload_count", file=self._label, result="failure")
             log.error("%s changed and cannot be used, keeping the old: %s", names, error)
             return
         self.value = value
-        self._on_change(value)
         self._metrics.count("tgi_credentials_reload_count", file=self._label, result="success")
         log.info("%s changed and is in use", names)
 
