@@ -51,11 +51,6 @@ class HfState:
 
         return restore
 
-    def can_merge(self) -> bool:
-        """Whether rows of such states can be merged."""
-        layers = _layers(self.cache)
-        return bool(layers) and all(type(layer) in _MERGE for layer in layers)
-
     def row_bytes(self) -> tuple[int, int]:
         """Bytes of one row: for each token, and whatever its length."""
         per_token = fixed = 0

@@ -1,14 +1,14 @@
 """The native engine: tgis's own networks on the CPU."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
 from tgis.engines.plan import StepPlan
 from tgis.errors import ConfigError
@@ -114,7 +114,7 @@ class NativeEngine:
         """See `Engine.forward`."""
         assert self._cache is not None, "allocate comes before forward"
         exchanges = self._decoder.exchanges(plan.num_tokens, plan.num_logits)
-        with self._decoder.group.step(exchanges), allocations():
+        with self._decoder.group.step(exchanges), failed_allocations():
             for copy in plan.copies:
                 self._cache.copy(copy.source, copy.target, copy.num_tokens)
             tokens = NewTokens()
@@ -131,15 +131,3 @@ class NativeEngine:
         """See `Engine.close`."""
         self._cache = None
         self._rotary = None
-
-
-@contextmanager
-def allocations() -> Iterator[None]:
-    """Turn torch's error for a failed allocation, a plain RuntimeError, into a MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        _, found, size = str(error).partition("can't allocate memory: ")
-        if not found:
-            raise
-        raise MemoryError(f"no memory for a step: {size}") from error

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
-from tgis.engines.native import allocations
 from tgis.engines.plan import Row, StepPlan
 from tgis.hub.safetensors import Progress, open_checkpoint
 from tgis.models import kernels
@@ -97,7 +97,7 @@ class NativeSeq2SeqEngine:
         num_encoded = sum(len(row.encoder_ids or []) for row in new)
         num_tokens = sum(len(row.token_ids) for row in plan.rows)
         exchanges = self._network.exchanges(num_encoded, num_tokens, plan.num_logits)
-        with self._network.group.step(exchanges), allocations():
+        with self._network.group.step(exchanges), failed_allocations():
             self._encode(new, self._caches)
             tokens = NewTokens()
             for row in plan.rows:
