@@ -31,7 +31,7 @@ from tgis.engines.plan import Row, StepPlan, Want
 from tgis.hub.resolve import resolve
 
 BATCH = 8
-ROUNDS = 4
+ROUNDS = 3
 
 
 class Job(NamedTuple):
@@ -130,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    size, scale = ((4, 192), 2) if arguments.quick else ((12, 768), 4)
+    size, scale = ((4, 192), 2) if arguments.quick else ((12, 768), 2)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
         make_model(path, *size)

@@ -117,7 +117,7 @@ def test_logits_of_every_position(models: Any, name: str) -> None:
     "name", ["mistral", "bloom", "qwen3_next", "t5", "bart", "m2m_100", "rwkv"]
 )
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=st.integers(0, 2**32))
 def test_a_row_is_the_same_in_any_company(models: Any, name: str, seed: int) -> None:
