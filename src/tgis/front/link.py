@@ -53,8 +53,10 @@ class _Wire(asyncio.Protocol):
         self._decoder: Decoder[ToFront] = Decoder(ToFront)
         self._on_message = on_message
         self.closed = asyncio.get_running_loop().create_future()
+        self.has_spoken = False
 
     def data_received(self, data: bytes) -> None:
+        self.has_spoken = True
         for message in self._decoder.feed(data):
             self._on_message(message)
 
@@ -103,7 +105,9 @@ class CoreLink:
                 self._transport = None
                 transport.close()
                 self._set_model(None)
-                self._listener.on_lost()
+                # A dying core's socket may still take a connection, which then ends unheard.
+                if wire.has_spoken:
+                    self._listener.on_lost()
 
     def add(self, request: Add) -> None:
         """Hand a sequence to the core.
