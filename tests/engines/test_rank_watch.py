@@ -13,7 +13,8 @@ import pytest
 
 from tgis.control import Channel, Fatal
 from tgis.engines import rank_watch
-from tgis.engines.rank_watch import Rank, Watch
+from tgis.engines.rank_process import Rank
+from tgis.engines.rank_watch import Watch
 from tgis.engines.rank_wire import Beat, Broken, Connected, Loaded, ToLeader, ToRank
 from tgis.errors import StartupError
 from tgis.models.collectives import Group
@@ -38,7 +39,7 @@ class House:
 def house(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[House]:
     hang_timeout = getattr(request, "param", WAIT)
     pairs = [socket.socketpair() for _ in range(2)]
-    ranks = [Rank(n, Channel(ours, ToLeader), None) for n, (ours, _) in enumerate(pairs, start=1)]
+    ranks = [Rank(n, Channel(ours, ToLeader)) for n, (ours, _) in enumerate(pairs, start=1)]
     group = Group()
     watch = Watch(ranks, group, hang_timeout)
     house = House(watch, [Channel(theirs, ToRank) for _, theirs in pairs], group)

@@ -12,6 +12,7 @@ from tests.kit.server import free_ports
 from tgis.config import Config
 from tgis.control import Channel
 from tgis.engines import rendezvous
+from tgis.engines.rank_process import num_ranks_here
 from tgis.engines.rank_wire import Connect, Hello, ToLeader, ToRank
 from tgis.errors import ConfigError, StartupError
 from tgis.types import ModelFiles, ModelKind
@@ -179,6 +180,6 @@ def test_what_must_be_equal() -> None:
 
 
 def test_ranks_of_this_machine() -> None:
-    assert rendezvous.num_ranks_here(Config()) == 1
-    assert rendezvous.num_ranks_here(Config(num_shard=4)) == 4
-    assert rendezvous.num_ranks_here(settings(local_world_size=2)) == 2
+    assert num_ranks_here(Config()) == 1
+    assert num_ranks_here(Config(num_shard=4)) == 4
+    assert num_ranks_here(settings(local_world_size=2)) == 2

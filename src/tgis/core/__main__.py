@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tgis.control import Alive, Boot, Channel, Fatal, Loaded, ToChild, open_child
 from tgis.core.link import FrontLink
+from tgis.engines.rank_process import start_ranks
 from tgis.errors import StartupError
 from tgis.observe import logs
 from tgis.wire import Beat, Gauges, Loading, Ready
@@ -53,13 +54,14 @@ def serve(channel: Channel[ToChild], boot: Boot) -> None:
     link = FrontLink(Path(boot.socket_path))
     heartbeat = Heartbeat(channel, link)
     heartbeat.start()
-    # Imported late: torch takes a second, and the heart must beat before that.
+    ranks = start_ranks(boot.config, boot.files)
+    # Imported late: torch takes a second, and heart and ranks must have begun before that.
     from tgis.core.assembly import assemble
 
     def progress(bytes_done: int, bytes_total: int) -> None:
         link.greet(Loading(bytes_done, bytes_total))
 
-    core, model = assemble(boot, link, heartbeat, progress)
+    core, model = assemble(boot, link, heartbeat, progress, ranks)
     link.greet(Ready(model))
     channel.send(Loaded())
     while True:

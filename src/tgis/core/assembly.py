@@ -12,9 +12,10 @@ from tgis.core.loop import Core, Pulse
 from tgis.core.pool import make_pool
 from tgis.core.scheduler import Scheduler
 from tgis.core.sequence import Opening, decoder_only, encoder_decoder
+from tgis.engines.base import Engine
+from tgis.engines.rank_process import Rank, num_ranks_here
 from tgis.engines.ranks import load_sharded
 from tgis.engines.registry import load_engine
-from tgis.engines.rendezvous import num_ranks_here
 from tgis.engines.threads import choose_threads
 from tgis.errors import ModelError
 from tgis.sampling import Sampler
@@ -26,12 +27,13 @@ Progress = Callable[[int, int], None]
 
 
 def assemble(
-    boot: Boot, link: FrontLink, pulse: Pulse, progress: Progress
+    boot: Boot, link: FrontLink, pulse: Pulse, progress: Progress, ranks: list[Rank]
 ) -> tuple[Core, ModelInfo]:
     """Load the model and build the loop around it.
 
     Args:
         progress: told bytes read so far and bytes in all while the weights are loaded.
+        ranks: processes that have been started for parts of the model.
 
     Raises:
         ModelError: the model cannot be served.
@@ -43,8 +45,11 @@ def assemble(
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     limits = effective_limits(config, files)
-    load = load_sharded if config.num_shard > 1 else load_engine
-    engine = load(config, files, progress)
+    engine: Engine
+    if config.num_shard > 1:
+        engine = load_sharded(config, files, ranks, progress)
+    else:
+        engine = load_engine(config, files, progress)
     pool = make_pool(engine, config, limits.max_sequence_length)
     scheduler = Scheduler(
         pool.memory,

@@ -16,6 +16,7 @@ import msgspec
 
 from tgis import control
 from tgis.control import Alive, Boot, Channel, Fatal, ToChild, open_child
+from tgis.engines.rank_process import is_spread, num_ranks_here
 from tgis.engines.rank_wire import (
     Allocate,
     Allocated,
@@ -90,7 +91,6 @@ def serve(boot: Boot, supervisor: Channel[ToChild], leader: Channel[ToRank], hea
 
     from tgis.engines.host_memory import available_memory
     from tgis.engines.registry import load_engine
-    from tgis.engines.rendezvous import num_ranks_here
     from tgis.engines.threads import choose_threads
     from tgis.models.collectives import Group, GroupError
     from tgis.models.parallel import Shard
@@ -106,7 +106,7 @@ def serve(boot: Boot, supervisor: Channel[ToChild], leader: Channel[ToRank], hea
     heart.num_entered = lambda: group.num_entered
     engine = load_engine(config, files, group=group)
     heart.say(leader, Loaded(available_memory(), ranks_here))
-    if config.world_size > 1:
+    if is_spread(config):
         heart.say(supervisor, control.Loaded())
     try:
         _obey(leader, heart, engine, group)
@@ -148,7 +148,7 @@ def main() -> int:
     logs.configure(config.log_level, config.log_format, f"rank{config.rank}")
     heart = Heart()
     leader: Channel[ToRank] | None = None
-    if config.world_size > 1:
+    if is_spread(config):
         heart.beat_to(parent, Alive)
     else:
         leader = Channel(parent.sock, ToRank)

@@ -11,10 +11,10 @@ import selectors
 import subprocess
 import threading
 import time
-from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
-from tgis.control import Channel, Fatal, how_ended
+from tgis.control import Fatal, how_ended
+from tgis.engines.rank_process import Rank
 from tgis.engines.rank_wire import Beat, Broken, ToLeader
 from tgis.errors import ModelError, StartupError
 from tgis.models.collectives import Group
@@ -26,18 +26,6 @@ _LOADING_SECONDS = 60.0  # of silence while a rank starts and loads, which keeps
 _SUSPENSE_SECONDS = 1.0  # between a broken collective and the end of the rank that broke it
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True, eq=False)
-class Rank:
-    """A rank other than the leader's."""
-
-    number: int
-    channel: Channel[ToLeader]
-    process: subprocess.Popen[bytes] | None  # None: it was started elsewhere
-    last_heard: float = 0.0
-    loaded: bool = False
-    num_entered: int = 0
 
 
 class Watch(threading.Thread):

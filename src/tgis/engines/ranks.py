@@ -5,21 +5,17 @@ weights and of the cache, receive each step's plan, and take part in its collect
 """
 
 import logging
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-import msgspec
 from torch import Tensor
 
 from tgis.config import Config
-from tgis.control import Boot, Channel
 from tgis.engines import rendezvous
 from tgis.engines.base import CacheShape, Engine
 from tgis.engines.plan import StepPlan
-from tgis.engines.rank_watch import Rank, Watch
+from tgis.engines.rank_process import Rank, is_spread, num_ranks_here
+from tgis.engines.rank_watch import Watch
 from tgis.engines.rank_wire import (
     Allocate,
     Allocated,
@@ -27,7 +23,6 @@ from tgis.engines.rank_wire import (
     Loaded,
     Release,
     Step,
-    ToLeader,
     ToRank,
 )
 from tgis.engines.registry import load_engine
@@ -41,20 +36,21 @@ log = logging.getLogger(__name__)
 
 
 def load_sharded(
-    config: Config, files: ModelFiles, progress: Progress | None = None
+    config: Config, files: ModelFiles, ranks: list[Rank], progress: Progress | None = None
 ) -> "ShardedEngine":
     """Load a model into `num_shard` processes, of which this is the first.
+
+    Args:
+        ranks: those that `start_ranks` has started; the others are awaited.
 
     Raises:
         StartupError: a part of it cannot be loaded; the message says on which rank.
     """
-    if rendezvous.is_spread(config):
+    if is_spread(config):
         with rendezvous.listen(config) as server:
             own = rendezvous.hello(config, files)
             joined = rendezvous.admit(server, own, config.hang_timeout)
-        ranks = [Rank(number, channel, None) for number, channel in sorted(joined.items())]
-    else:
-        ranks = [_start(config, files, number) for number in range(1, config.num_shard)]
+        ranks = [Rank(number, channel) for number, channel in sorted(joined.items())]
     group = Group(Shard(0, config.num_shard), config.hang_timeout)
     watch = Watch(ranks, group, config.hang_timeout)
     watch.start()
@@ -65,24 +61,9 @@ def load_sharded(
             progress(bytes_done, bytes_total)
 
     engine = load_engine(config, files, watched, group)
-    sharded = ShardedEngine(engine, ranks, watch, rendezvous.num_ranks_here(config))
+    sharded = ShardedEngine(engine, ranks, watch, num_ranks_here(config))
     sharded.connect(config, group)
     return sharded
-
-
-def _start(config: Config, files: ModelFiles, number: int) -> Rank:
-    """Start a rank as a fresh interpreter, with one end of a socket pair."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tgis.engines.rank_main", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    channel: Channel[ToLeader] = Channel(ours, ToLeader)
-    channel.send(Boot(msgspec.structs.replace(config, rank=number), files, "", ""))
-    log.info("started rank %d of %d (pid %d)", number, config.num_shard, process.pid)
-    return Rank(number, channel, process)
 
 
 class ShardedEngine:
@@ -106,7 +87,7 @@ class ShardedEngine:
             StartupError: a rank cannot load its part, or MASTER_PORT is taken.
         """
         loaded = self._watch.expect(Loaded)
-        if rendezvous.is_spread(config):
+        if is_spread(config):
             here = self.caps.ranks_here
             elsewhere = min(rank.available_memory * here // rank.ranks_here for rank in loaded)
             self.caps = replace(self.caps, memory_elsewhere=elsewhere)

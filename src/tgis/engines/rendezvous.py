@@ -20,6 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tgis import __version__
 from tgis.config import Config
 from tgis.control import Channel, Fatal
+from tgis.engines.rank_process import is_spread
 from tgis.engines.rank_wire import Connect, Hello, ToLeader, ToRank, Welcome
 from tgis.errors import ConfigError, StartupError
 from tgis.models.dtypes import choose_dtype
@@ -31,16 +32,6 @@ _STORE_SECONDS = 60.0
 _HELLO_SECONDS = 5.0
 _RETRY_SECONDS = 0.5
 _REPORT_SECONDS = 30.0
-
-
-def is_spread(config: Config) -> bool:
-    """Whether the ranks are started elsewhere, each as a server of its own."""
-    return config.world_size > 1
-
-
-def num_ranks_here(config: Config) -> int:
-    """Ranks that share this machine."""
-    return config.local_world_size if is_spread(config) else config.num_shard
 
 
 def hello(config: Config, files: ModelFiles) -> Hello:
