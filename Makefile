@@ -61,6 +61,7 @@ docs: install-dev ## Generate the reference pages in docs/
 	$(BIN)/python tools/generate_config_docs.py
 	$(BIN)/python -m tools.generate_models_docs
 	$(BIN)/python tools/generate_dashboard.py
+	$(BIN)/python deploy/generate_prometheus_rule.py
 
 # The container image, with docker or podman. docs/deploy.md says more.
 CONTAINER ?= $(notdir $(firstword $(shell command -v docker podman) docker))
