@@ -2,6 +2,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from tests.models.twins import CONFIGS, save_checkpoint
@@ -10,6 +11,8 @@ from tgis.config import Config, parse
 from tgis.engines.registry import choose_engine, load_engine
 from tgis.errors import ConfigError, ModelError
 from tgis.hub.resolve import resolve
+from tgis.models.collectives import Group
+from tgis.models.parallel import Shard
 
 # An engine of another package: it answers every step with zeros.
 TOY = """
@@ -121,3 +124,22 @@ def test_a_registered_engine_that_is_not_there(model: Path) -> None:
     config = Config(model_name=str(model), deployment_framework="lost")
     with pytest.raises(ConfigError, match="toy_engine:nowhere cannot be imported"):
         load_engine(config, resolve(config))
+
+
+@pytest.mark.parametrize("framework", [None, "tgis_native", "hf_transformers", "hf_accelerate"])
+def test_only_the_native_engine_splits_models(
+    model: Path, framework: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = resolve(Config(model_name=str(model)))
+    config = Config(deployment_framework=framework, dtype="float32", num_shard=2)
+    engine = load_engine(config, files, group=Group(Shard(1, 2)))
+    assert engine.caps.name == "tgis_native"
+    warned = f"rather than {framework} because more than one shard is configured" in caplog.text
+    assert warned is (framework not in (None, "tgis_native"))
+
+
+def test_a_model_that_cannot_be_split_is_refused(model: Path) -> None:
+    files = resolve(Config(model_name=str(model)))
+    other = msgspec.structs.replace(files, model_type="cohere")
+    with pytest.raises(ModelError, match=r"num_shard = 2: models of type cohere cannot be split"):
+        load_engine(Config(num_shard=2), other, group=Group(Shard(0, 2)))

@@ -1,6 +1,7 @@
-"""How much memory a process may still take."""
+"""How much memory a process may still take, and giving back what it does not use."""
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +48,12 @@ def _cgroup_room(group: Path, limit_name: str, usage_name: str, reclaimable: str
     if limit == "max":
         return None
     return max(int(limit) - usage + int(stat.get(reclaimable, 0)), 0)
+
+
+def trim() -> None:
+    """Give the allocator's free pages back: what loading leaves behind is a tenth of the weights.
+
+    Does nothing where the C library has no such function (only glibc has).
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
+from tgis.engines.host_memory import trim
 from tgis.engines.plan import StepPlan
 from tgis.errors import ConfigError
 from tgis.hub.safetensors import Progress, open_checkpoint
@@ -58,6 +59,7 @@ def load(
         return NativeEngine(Decoder(spec, names, weights, group, dtype))
     finally:
         checkpoint.close()
+        trim()
 
 
 class NativeEngine:

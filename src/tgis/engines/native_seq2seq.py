@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
+from tgis.engines.host_memory import trim
 from tgis.engines.plan import Row, StepPlan
 from tgis.hub.safetensors import Progress, open_checkpoint
 from tgis.models import kernels
@@ -55,6 +56,7 @@ def load(
         return NativeSeq2SeqEngine(Seq2Seq(spec, weights, group, dtype))
     finally:
         checkpoint.close()
+        trim()
 
 
 class NativeSeq2SeqEngine:
