@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
 
 from tgis.config import Config
 from tgis.engines.base import CacheShape, Engine
@@ -45,14 +44,19 @@ def anonymous_memory(pid: int | str = "self") -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def median_ms(run: Callable[[], object], times: int) -> float:
-    """Median duration of a call."""
+def durations_ms(run: Callable[[], object], times: int) -> list[float]:
+    """Durations of calls, sorted."""
     durations = []
     for _ in range(times):
         start = time.perf_counter()
         run()
-        durations.append(time.perf_counter() - start)
-    return statistics.median(durations) * 1000
+        durations.append((time.perf_counter() - start) * 1000)
+    return sorted(durations)
+
+
+def median_ms(run: Callable[[], object], times: int) -> float:
+    """Median duration of a call."""
+    return statistics.median(durations_ms(run, times))
 
 
 class Meter:
@@ -61,29 +65,34 @@ class Meter:
     def __init__(self, engine: NativeEngine) -> None:
         self.decoder = engine._decoder
         self.seconds = 0.0
-        self.bytes: list[int] = []
+        self.summed: list[int] = []  # bytes of each
+        self.gathered: list[int] = []
         group = self.decoder.group
         sum_, gather = group.sum_, group._gather
 
-        def timed(operation: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
+        def timed(
+            operation: Callable[..., Any], sizes: list[int], size: Callable[..., int]
+        ) -> Callable[..., Any]:
             def run(*args: Any) -> Any:
                 start = time.perf_counter()
                 try:
                     return operation(*args)
                 finally:
                     self.seconds += time.perf_counter() - start
-                    self.bytes.append(size(*args))
+                    sizes.append(size(*args))
 
             return run
 
-        timed_sum = timed(sum_, lambda x: x.nbytes)
+        timed_sum = timed(sum_, self.summed, lambda x: x.nbytes)
         group.sum_ = timed_sum  # type: ignore[method-assign]
-        group._gather = timed(gather, lambda x, *_: x.nbytes)  # type: ignore[method-assign]
+        group._gather = timed(gather, self.gathered, lambda x, *_: x.nbytes)  # type: ignore[method-assign]
         for block in self.decoder._blocks:
             object.__setattr__(block, "complete", timed_sum)
 
     def reset(self) -> None:
-        self.seconds, self.bytes = 0.0, []
+        self.seconds = 0.0
+        self.summed.clear()
+        self.gathered.clear()
 
 
 def decode_plan(batch: int, position: int) -> StepPlan:
@@ -103,20 +112,28 @@ def measure_steps(engine: Engine, part: NativeEngine, num_ranks: int) -> list[di
         fill(engine, batch)
         positions = iter(range(CONTEXT, CONTEXT + 2 * STEPS))
         engine.forward(decode_plan(batch, next(positions)))
-        if meter:
-            meter.reset()
+        in_collectives: list[float] = []
 
-        def step(batch: int = batch, positions: Any = positions) -> Tensor:
-            return engine.forward(decode_plan(batch, next(positions)))
+        def step(batch: int = batch, positions: Any = positions, ms: Any = in_collectives) -> None:
+            if meter:
+                meter.reset()
+            engine.forward(decode_plan(batch, next(positions)))
+            if meter:
+                ms.append(meter.seconds * 1000)
 
-        step_ms = median_ms(step, STEPS)
+        steps = durations_ms(step, STEPS)
         least = 2 * spec.num_layers * batch * spec.hidden_size * part._decoder.dtype.itemsize
-        result = {"batch": batch, "step_ms": step_ms, "least_bytes": least}
+        result = {
+            "batch": batch,
+            "step_ms": [steps[0], statistics.median(steps)],
+            "least_bytes": least if meter else 0,
+        }
         if meter:
             result |= {
-                "collectives": len(meter.bytes) // STEPS,
-                "bytes": sum(meter.bytes) // STEPS,
-                "collectives_ms": meter.seconds / STEPS * 1000,
+                "collectives": len(meter.summed) + len(meter.gathered),
+                "summed": sum(meter.summed),
+                "gathered": sum(meter.gathered),
+                "collectives_ms": [min(in_collectives), statistics.median(in_collectives)],
             }
         found.append(result)
     return found
@@ -184,6 +201,11 @@ def weight_bytes(path: Path, dtype: str) -> tuple[int, int]:
     return total, whole
 
 
+def pair(values: list[float]) -> str:
+    """Best and median."""
+    return f"{values[0]:.1f} / {values[1]:.1f}"
+
+
 def show(results: list[dict[str, Any]], total: int, whole: int) -> None:
     print(f"weights {total / MIB:.1f} MiB, of which every rank holds {whole / MIB:.2f} MiB\n")
     print("| ranks | rank | memory of its part, MiB | (weights / ranks) x 1.1 + replicated, MiB |")
@@ -192,15 +214,16 @@ def show(results: list[dict[str, Any]], total: int, whole: int) -> None:
         limit = (total - whole) / result["ranks"] * 1.1 + whole
         for number, grown in enumerate(result["memory"]):
             print(f"| {result['ranks']} | {number} | {grown / MIB:.1f} | {limit / MIB:.1f} |")
-    print("\n| ranks | rows | step, ms | collectives | in them, ms | KiB summed | least, KiB |")
-    print("|---|---|---|---|---|---|---|")
+    print("\nTimes are best / median, in ms; sizes are KiB of each rank.\n")
+    print("| ranks | rows | step | in collectives | collectives | summed | least | logits |")
+    print("|---|---|---|---|---|---|---|---|")
     for result in results:
         for step in result["steps"]:
-            least = step["least_bytes"] / 1024 if result["ranks"] > 1 else 0
+            sizes = (step.get(key, 0) / 1024 for key in ("summed", "least_bytes", "gathered"))
             print(
-                f"| {result['ranks']} | {step['batch']} | {step['step_ms']:.2f}"
-                f" | {step.get('collectives', 0)} | {step.get('collectives_ms', 0):.2f}"
-                f" | {step.get('bytes', 0) / 1024:.0f} | {least:.0f} |"
+                f"| {result['ranks']} | {step['batch']} | {pair(step['step_ms'])}"
+                f" | {pair(step.get('collectives_ms', [0, 0]))} | {step.get('collectives', 0)}"
+                f" | {' | '.join(f'{size:.0f}' for size in sizes)} |"
             )
     for result in results:
         if "broadcast" in result:

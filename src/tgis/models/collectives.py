@@ -111,8 +111,9 @@ class Group:
         if not parts:
             return x
         for rank, part in enumerate(parts):
-            _check(rank, int(part[-1, 0]))
-        return torch.cat([part[:-1] for part in parts], dim=1)[:, :num_columns].contiguous()
+            _check(rank, int(part[0, -1]))
+        whole = torch.cat([part[: len(x), :-1] for part in parts], dim=1)
+        return whole[:, :num_columns].contiguous()
 
     @contextmanager
     def step(self, exchanges: Sequence[Exchange]) -> Iterator[None]:
@@ -139,12 +140,12 @@ class Group:
             raise
 
     def _gather(self, x: Tensor, num_rows: int, num_columns: int, code: int) -> list[Tensor]:
-        """What every rank has sent; the last row begins with how it went."""
+        """What every rank has sent; the first row ends with how it went."""
         assert self._ranks is not None
-        width = -(-num_columns // self.shard.world_size)
-        sent = torch.zeros(num_rows + 1, width, dtype=x.dtype, device=self._device)
+        width = -(-num_columns // self.shard.world_size) + 1
+        sent = torch.zeros(max(num_rows, 1), width, dtype=x.dtype, device=self._device)
         sent[: x.shape[0], : x.shape[1]] = x
-        sent[-1, 0] = code
+        sent[0, -1] = code
         is_first = self.shard.rank == 0
         parts = [torch.empty_like(sent) for _ in range(self.shard.world_size if is_first else 0)]
         self._gathered = True
