@@ -35,8 +35,8 @@ run: install ## Serve the demo model, or MODEL_NAME, on gRPC 8033 and HTTP 3000
 test: install-dev ## Run the quick tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: install-dev ## Run the slow tests
-	$(BIN)/python -m pytest -m slow --timeout 1800
+test-slow: install-dev ## Run the slow tests, or those of TESTS
+	$(BIN)/python -m pytest -m slow --timeout 1800 $(TESTS)
 
 lint: install-dev ## Check style
 	$(BIN)/ruff check

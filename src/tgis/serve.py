@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -190,7 +191,7 @@ class Supervisor:
         if not self._served:
             self._served = True
             port = "" if serving.grpc_port == 8033 else f" --port {serving.grpc_port}"
-            log.info('try: tgis generate%s "Once upon a time"', port)
+            log.info('try: %s generate%s "Once upon a time"', _own_command(), port)
 
     def _bury(self, child: _Child) -> None:
         """A child has exited."""
@@ -273,6 +274,11 @@ def _startup_error(fatal: Fatal) -> StartupError:
     error = StartupError(fatal.message)
     error.exit_code = fatal.exit_code
     return error
+
+
+def _own_command() -> str:
+    """What a shell finds `tgis` by: its name, or its place beside this interpreter."""
+    return "tgis" if shutil.which("tgis") else str(Path(sys.executable).with_name("tgis"))
 
 
 def run(config: Config) -> int:
