@@ -32,7 +32,12 @@ class Call:
         stopping = pb.StoppingCriteria(
             max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens
         )
-        params = pb.Parameters(stopping=stopping, truncate_input_tokens=self.prompt_tokens)
+        params = pb.Parameters(
+            stopping=stopping,
+            truncate_input_tokens=self.prompt_tokens,
+            # A message for every token: random weights often generate no text that can be shown.
+            response=pb.ResponseOptions(generated_tokens=True),
+        )
         return pb.SingleGenerationRequest(request=pb.GenerationRequest(text=text), params=params)
 
 
@@ -105,6 +110,7 @@ async def offer(address: str, calls: Sequence[Call]) -> Result:
     """Send all calls at once and wait for all."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
+        await channel.channel_ready()
         start = time.perf_counter()
         traces = await asyncio.gather(*(_one(stub, call) for call in calls))
     seconds = max(trace.end for trace in traces) - start
