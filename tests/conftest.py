@@ -1,12 +1,18 @@
 """What every room of the tests may use."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Run in the background of a script, tests inherit an ignored SIGINT and would hand it on to the
+# programs that they interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,8 @@ Answer = Callable[[Any, Context], Any]  # a coroutine function, or an asynchrono
 
 # A status travels in a header, percent-encoded: this keeps the worst case below 8 KiB.
 _MAX_DETAILS_BYTES = 2000
+# A longer identifier does not come back: above 8 KiB of metadata clients drop calls at random.
+_MAX_ECHO_BYTES = 1024
 _UNEXPECTED = "Request failed: internal error"
 
 CORRELATION_ID = "x-correlation-id"  # metadata that comes back to the client with every answer
@@ -102,7 +104,8 @@ def _streaming(answer: Answer) -> Callable[[Any, Context], Awaitable[None]]:
 async def _answering(request: Message | InvalidRequest, context: Context) -> AsyncIterator[None]:
     """The one place where errors become statuses. Cancellation passes through untouched."""
     try:
-        if identifier := metadata_of(context).get(CORRELATION_ID):
+        identifier = metadata_of(context).get(CORRELATION_ID, "")
+        if 0 < len(identifier) <= _MAX_ECHO_BYTES:
             context.set_trailing_metadata(((CORRELATION_ID, identifier),))
         if isinstance(request, InvalidRequest):
             raise request
