@@ -84,6 +84,7 @@ WRONG = [
     flag("--prompt-cache-size-mb -1", "--prompt-cache-size-mb=-1", "an integer from 0"),
     env("MAX_PROMPT_PREFIX_LENGTH", "x", "Invalid value for MAX_PROMPT_PREFIX_LENGTH", "=x"),
     flag("--hang-timeout 0", "--hang-timeout=0", "a number of seconds from 1 to 86400"),
+    flag("--max-step-seconds 0.5", "--max-step-seconds=0.5", "a number of seconds from 1 to 86400"),
     flag("--drain-timeout forever", "--drain-timeout=forever", "a number of seconds from 0"),
     flag("--write-timeout -3", "--write-timeout=-3", "a number of seconds from 0.1"),
     # Sizes
@@ -98,7 +99,6 @@ WRONG = [
     flag("--dtype float31", "--dtype=float31: Unrecognized data type: float31", "one of auto"),
     env("DTYPE_STR", "int8", "Unrecognized data type: int8", "--dtype=int8", "float32"),
     flag("--quantize exl2", "Unrecognized quantization method specified: exl2", "one of none"),
-    env("QUANTIZE", "gptq", "--quantize=gptq", "not supported by this version; leave it unset"),
     flag("--engine vllm", "--engine=vllm", "one of tgis_native, hf_transformers"),
     env(
         "ESTIMATE_MEMORY",

@@ -229,6 +229,15 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             check=between(1, 86400, noun="a number of seconds"),
         ),
     ] = 5.0
+    max_step_seconds: Annotated[
+        float | None,
+        Setting(
+            LIFE,
+            "age of a step at which the core is replaced even if it still computes",
+            check=between(1, 86400, noun="a number of seconds"),
+            unset="a step may compute for as long as it needs",
+        ),
+    ] = None
     drain_timeout: Annotated[
         float,
         Setting(

@@ -1,5 +1,6 @@
 """The core's process: load the model, then turn the loop for ever."""
 
+import faulthandler
 import logging
 import os
 import select
@@ -8,7 +9,9 @@ import threading
 import time
 from pathlib import Path
 
+from tgis.config import Config
 from tgis.control import Alive, Boot, Channel, Fatal, Loaded, ToChild, open_child
+from tgis.core.hang import HangWatch
 from tgis.core.link import FrontLink
 from tgis.engines.rank_process import start_ranks
 from tgis.errors import StartupError
@@ -24,21 +27,28 @@ _IDLE_SECONDS = 1.0
 class Heartbeat(threading.Thread):
     """Tells supervisor and fronts that this process lives, and dies with the supervisor.
 
-    A thread, because the loop is silent while the engine computes.
+    A thread, because the loop is silent while the engine computes. It ends a process whose engine
+    hangs: the supervisor then starts the next one.
     """
 
-    def __init__(self, channel: Channel[ToChild], link: FrontLink) -> None:
+    def __init__(self, channel: Channel[ToChild], link: FrontLink, config: Config) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._channel = channel
         self._link = link
+        # A leader may rightly wait for its ranks for as long as one collective may take.
+        patience = config.hang_timeout * (2 if config.num_shard > 1 else 1)
+        self._hang = HangWatch(patience, config.max_step_seconds, _BEAT_SECONDS)
         self.step_started = 0.0  # CLOCK_MONOTONIC; 0 = idle
         self.gauges = Gauges()
 
     def run(self) -> None:
         """Beat until the supervisor is gone; then there is nobody left to work for."""
         while True:
-            started = self.step_started
-            busy_for = time.monotonic() - started if started else 0.0
+            started, now = self.step_started, time.monotonic()
+            if fault := self._hang.fault(started, now):
+                log.error("%s; giving up. Its threads:\n%s", fault, _stacks())
+                os._exit(1)
+            busy_for = now - started if started else 0.0
             try:
                 self._channel.send(Alive(busy_for))
             except OSError:
@@ -49,10 +59,18 @@ class Heartbeat(threading.Thread):
                 os._exit(1)
 
 
+def _stacks() -> str:
+    """Where every thread is, for the log."""
+    with open(os.memfd_create("stacks"), "w+b", buffering=0) as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace").rstrip()
+
+
 def serve(channel: Channel[ToChild], boot: Boot) -> None:
     """Load the model and serve; returns only by an exception."""
     link = FrontLink(Path(boot.socket_path))
-    heartbeat = Heartbeat(channel, link)
+    heartbeat = Heartbeat(channel, link, boot.config)
     heartbeat.start()
     ranks = start_ranks(boot.config, boot.files)
     # Imported late: torch takes a second, and heart and ranks must have begun before that.
@@ -72,6 +90,7 @@ def main() -> int:
     """Entry point."""
     channel, boot = open_child()
     logs.configure(boot.config.log_level, boot.config.log_format, "core")
+    faulthandler.enable()  # a crash in native code shall say where
     try:
         serve(channel, boot)
     except StartupError as error:
