@@ -90,18 +90,17 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             "type of the weights in memory",
             aliases={"dtype_str": "dtype and dtype_str args both provided with different values"},
             kind=choice(_DTYPES, "Unrecognized data type: {v}"),
-            unset="float32 on a CPU",
+            unset="bfloat16 where the CPU computes in it, else float32",
         ),
     ] = None
     quantize: Annotated[
         str | None,
         Setting(
             MODEL,
-            "how linear weights are quantised",
+            "how linear weights are quantised (tgis_native; int8-dynamic: as they are loaded)",
             aliases={"quantization": "Inconsistent quantize and quantization arg values"},
             kind=choice(_QUANTIZE, "Unrecognized quantization method specified: {v}"),
             unset="as the model's own files say",
-            not_yet="quantised weights are not supported by this version",
         ),
     ] = None
     trust_remote_code: Annotated[

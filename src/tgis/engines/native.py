@@ -21,6 +21,7 @@ from tgis.models.families import read_spec
 from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.model_config import ModelConfig
+from tgis.models.packing import choose_packing
 from tgis.models.rotary import rotary_table
 from tgis.models.spec import Rotary
 from tgis.models.weights import Weights
@@ -35,6 +36,7 @@ def load(
     dtype: torch.dtype,
     progress: Progress | None = None,
     group: Group | None = None,
+    quantize: str | None = None,
 ) -> "NativeEngine":
     """Load a decoder-only model of a known family.
 
@@ -44,18 +46,21 @@ def load(
         dtype: of weights, arithmetic and cache.
         progress: told of bytes loaded and bytes in all.
         group: the ranks among which the model is split; None = it is not.
+        quantize: `QUANTIZE`, how weights are quantised that are stored as floats.
 
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
+        ConfigError: weights cannot be quantised so.
     """
     log.info("%s", kernels.describe())
+    packing = choose_packing(quantize, dtype)
     model_config = ModelConfig(config)
     model_config.require("quantization_config", None)
     spec, names = read_spec(model_config)
     checkpoint = open_checkpoint(model_dir, progress)
     group = group or Group()
     try:
-        weights = Weights(checkpoint, spec, names, group.shard, dtype)
+        weights = Weights(checkpoint, spec, names, group.shard, dtype, packing)
         return NativeEngine(Decoder(spec, names, weights, group, dtype))
     finally:
         checkpoint.close()

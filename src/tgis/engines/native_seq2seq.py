@@ -19,6 +19,7 @@ from tgis.models.families.t5 import read_seq2seq_spec
 from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.model_config import ModelConfig
+from tgis.models.packing import choose_packing
 from tgis.models.seq2seq import Caches, Seq2Seq
 from tgis.models.seq2seq_weights import Seq2SeqWeights
 from tgis.types import ModelKind
@@ -32,6 +33,7 @@ def load(
     dtype: torch.dtype,
     progress: Progress | None = None,
     group: Group | None = None,
+    quantize: str | None = None,
 ) -> "NativeSeq2SeqEngine":
     """Load an encoder-decoder model of a known family.
 
@@ -41,18 +43,21 @@ def load(
         dtype: of weights, arithmetic and cache.
         progress: told of bytes loaded and bytes in all.
         group: the ranks among which the model is split; None = it is not.
+        quantize: `QUANTIZE`, how weights are quantised that are stored as floats.
 
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
+        ConfigError: weights cannot be quantised so.
     """
     log.info("%s", kernels.describe())
+    packing = choose_packing(quantize, dtype)
     model_config = ModelConfig(config)
     model_config.require("quantization_config", None)
     spec = read_seq2seq_spec(model_config)
     checkpoint = open_checkpoint(model_dir, progress)
     group = group or Group()
     try:
-        weights = Seq2SeqWeights(checkpoint, spec, group.shard, dtype)
+        weights = Seq2SeqWeights(checkpoint, spec, group.shard, dtype, packing)
         return NativeSeq2SeqEngine(Seq2Seq(spec, weights, group, dtype))
     finally:
         checkpoint.close()

@@ -63,6 +63,11 @@ def load_engine(
     log.info("Loading %s with engine %s as %s: %s", files.name, entry.name, dtype, reason)
     if group is not None:
         return load_native(config, files, dtype, progress, group)
+    if config.quantize and entry.name in set(ENGINES) - {NATIVE}:
+        raise ConfigError(
+            f"QUANTIZE = {config.quantize}: engine {entry.name} does not quantise weights;"
+            f" {NATIVE} does, for models of types {', '.join(sorted(NATIVE_TYPES))}"
+        )
     try:
         load: Load = entry.load()
     except (ImportError, AttributeError) as error:
@@ -134,11 +139,12 @@ def load_native(
 
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
+        ConfigError: weights cannot be quantised as the settings say.
     """
     from tgis.engines import native, native_seq2seq
 
     load = native_seq2seq.load if files.model_type in SEQ2SEQ_FAMILIES else native.load
-    return load(Path(files.path), files.config, dtype, progress, group)
+    return load(Path(files.path), files.config, dtype, progress, group, config.quantize)
 
 
 def _engines() -> dict[str, EntryPoint]:

@@ -101,7 +101,7 @@ class Decoder:
         """What ranks exchange in a step: embeddings, then in every block, then logits."""
         per_block = 2 if self.spec.topology == "sequential" else 1
         stream = Exchange((num_tokens, self.spec.hidden_size), self.dtype)
-        logits = Exchange((num_logits, self.spec.vocab_size), self.dtype)
+        logits = Exchange((num_logits, self.spec.vocab_size), torch.float32)
         return [stream] * (1 + per_block * self.spec.num_layers) + [logits]
 
     def _embed(self, inputs: StepInputs) -> Tensor:
@@ -120,8 +120,8 @@ class Decoder:
         if len(index):
             logits = self._head(self._final_norm(stream, addition))
         else:
-            logits = stream.new_empty(0, self._embedding.num_rows)
-        logits = self.group.gather(logits, self.spec.vocab_size).float()
+            logits = torch.empty(0, self._embedding.num_rows)
+        logits = self.group.gather(logits, self.spec.vocab_size)
         if self.spec.logits_multiplier != 1.0:
             logits.mul_(self.spec.logits_multiplier)
         return logits

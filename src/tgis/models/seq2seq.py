@@ -144,7 +144,8 @@ class Seq2Seq:
 
         encoder = stack(num_encoded, 1, self.spec.num_encoder_layers) if num_encoded else []
         decoder = stack(num_tokens, 2, self.spec.num_decoder_layers)
-        return [*encoder, *decoder, Exchange((num_logits, self.spec.vocab_size), self.dtype)]
+        logits = Exchange((num_logits, self.spec.vocab_size), torch.float32)
+        return [*encoder, *decoder, logits]
 
     def _encoder_states(self, inputs: StepInputs, longest: int) -> Tensor:
         """[T, hidden] of whole inputs, which lie in slots 0, 1, ... of a scratch cache."""
@@ -217,8 +218,8 @@ class Seq2Seq:
                 x = x * self.spec.hidden_size**-0.5
             logits = self._head(x)
         else:
-            logits = stream.new_empty(0, self._embedding.num_rows)
-        return self.group.gather(logits, self.spec.vocab_size).float()
+            logits = torch.empty(0, self._embedding.num_rows)
+        return self.group.gather(logits, self.spec.vocab_size)
 
 
 def _load_block(weights: Seq2SeqWeights, block: str) -> _Block:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tgis.errors import ModelError
 from tgis.hub.safetensors import Checkpoint
-from tgis.models.packing import make_linear
+from tgis.models.packing import PLAIN, Packing
 from tgis.models.parallel import Shard
 from tgis.models.seq2seq_spec import Seq2SeqSpec
 from tgis.quant.linear import Linear, LinearSource, Piece, load_linear
@@ -26,12 +26,18 @@ class Seq2SeqWeights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: Seq2SeqSpec, shard: Shard, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        spec: Seq2SeqSpec,
+        shard: Shard,
+        dtype: torch.dtype,
+        packing: Packing = PLAIN,
     ) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
         self._shard = shard
         self._dtype = dtype
+        self._packing = packing
         first, last = shard.even(spec.num_heads, "n_heads")
         self._head_rows = (first * spec.head_dim, last * spec.head_dim)
         self._heads = slice(first, last)
@@ -45,11 +51,12 @@ class Seq2SeqWeights:
             return stored[slice(*self._vocabulary)].to(self._dtype, copy=True)
 
     def head(self, embedding: Tensor) -> Linear:
-        """hidden -> logits of this rank's rows; the embeddings' weight where no other is stored."""
+        """hidden -> float32 logits of this rank's rows; the embeddings' if no other is stored."""
         if not self._has_head():
-            return make_linear(embedding)
+            return self._packing.make_head(embedding, None)
         piece = Piece("lm_head", self._vocab_shape(), (self._vocabulary,), self._hidden())
-        return self._linear((piece,))
+        source = LinearSource((piece,), has_bias=False)
+        return load_linear(self._checkpoint, source, self._dtype, self._packing.make_head)
 
     def norm(self, name: str) -> Tensor:
         """Weight [hidden] of a norm."""
@@ -126,4 +133,5 @@ class Seq2SeqWeights:
 
     def _linear(self, pieces: tuple[Piece, ...], dtype: torch.dtype | None = None) -> Linear:
         source = LinearSource(pieces, has_bias=False)
-        return load_linear(self._checkpoint, source, dtype or self._dtype, make_linear)
+        make = self._packing.make_linear
+        return load_linear(self._checkpoint, source, dtype or self._dtype, make)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tgis.errors import ModelError
 from tgis.hub.safetensors import Checkpoint
 from tgis.models.families.base import TensorNames
-from tgis.models.packing import make_linear
+from tgis.models.packing import PLAIN, Packing
 from tgis.models.parallel import Shard, Span
 from tgis.models.qkv import qkv_rows
 from tgis.models.spec import DecoderSpec, Learned
@@ -33,6 +33,7 @@ class Weights:
 
     Args:
         dtype: of everything that is loaded.
+        packing: how layers are made.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Weights:
         names: TensorNames,
         shard: Shard,
         dtype: torch.dtype,
+        packing: Packing = PLAIN,
     ) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
         self._names = names
         self._shard = shard
         self._dtype = dtype
+        self._packing = packing
         self._prefix = self._first_stored(names.prefixes, after=names.embedding)
         self._head = self._first_stored(names.heads)
 
@@ -66,14 +69,15 @@ class Weights:
         return self._vector(f"{name}.weight", (rows, self._spec.hidden_size))
 
     def head(self, embedding: Tensor) -> Linear:
-        """hidden -> logits of this rank's vocabulary rows; the embeddings' weight where tied."""
+        """hidden -> float32 logits of this rank's vocabulary rows; the embeddings' where tied."""
         name, spec = self._head, self._spec
         if spec.tied_head and f"{name}.weight" not in self._checkpoint:
-            return make_linear(embedding)
+            return self._packing.make_head(embedding, None)
         shape = (spec.vocab_size, spec.hidden_size)
         rows = self._shard.blocks(spec.vocab_size)
         piece = Piece(name, shape, (rows,), (0, spec.hidden_size))
-        return self._linear((piece,), bias=False)
+        source = LinearSource((piece,), has_bias=False)
+        return load_linear(self._checkpoint, source, self._dtype, self._packing.make_head)
 
     def norm(self, name: str, size: int, bias: bool | None = None) -> NormWeights:
         """A norm's weight and, if the family's norms have one, bias."""
@@ -184,4 +188,4 @@ class Weights:
 
     def _linear(self, pieces: tuple[Piece, ...], bias: bool, adds_bias: bool = True) -> Linear:
         source = LinearSource(pieces, has_bias=bias, adds_bias=adds_bias)
-        return load_linear(self._checkpoint, source, self._dtype, make_linear)
+        return load_linear(self._checkpoint, source, self._dtype, self._packing.make_linear)

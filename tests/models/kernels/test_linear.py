@@ -84,6 +84,17 @@ def test_float32_comes_out_unrounded(bound, generator, make_layer) -> None:
     torch.testing.assert_close(y.bfloat16(), rounded, rtol=2**-7, atol=1e-2)
 
 
+@pytest.mark.parametrize("shape", [(192, 256), (65, 128), (17, 9)], ids=str)
+def test_int8_of_float32(bound, generator, shape) -> None:
+    x, weight, bias = (t.float() for t in make(shape, 40, generator))
+    y = bound.int8_linear(weight, bias)(x)
+    q, x_scale = linear.kernels.quantize_rows(x)
+    w, w_scale = linear.kernels.quantize_rows(weight)
+    expected = (q.double() @ w.double().T) * x_scale[:, None] * w_scale + bias
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_wrong_rows_are_refused(bound, generator) -> None:
     x, weight, bias = make((64, 64), 4, generator)
     layer = bound.bf16_linear(weight, bias)

@@ -60,9 +60,11 @@ for rows in (1, 16, 17, 33, 50):
             for features in (64, 61, 33):
                 parts = factor if factor is None else guarded(factor[:features].clone())
                 added = guarded(bias[:features].clone())
-                layer = native.amx_linear(weight.data_ptr(), features, 64, parts, added, out)
-                if layer is not None:
-                    layer(x)
+                for y in (x, x.float()) if factor is not None else (x,):
+                    kinds = guarded(added.to(y.dtype)), y.dtype, out
+                    layer = native.amx_linear(weight.data_ptr(), features, 64, parts, *kinds)
+                    if layer is not None:
+                        layer(guarded(y))
 print("done")
 """
 

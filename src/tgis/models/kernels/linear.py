@@ -36,7 +36,7 @@ def bf16_linear(
         blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(rows, _PACK_ROWS)
         return blocked
 
-    ours = _on_tiles(weight, pack, None, bias, out_dtype)
+    ours = _on_tiles(weight, pack, None, bias, weight.dtype, out_dtype)
     if ours is not None and ours.padded:
         return ours.run
     blocked = pack(weight) if ours is None else ours.blocked
@@ -53,20 +53,22 @@ def bf16_linear(
 
 
 def int8_linear(
-    weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16
+    weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Linear:
-    """A layer that computes with int8; arguments and calls as of `bf16_linear`.
+    """A layer that computes with int8; x is bfloat16 or float32, as weight and bias are.
 
     Each output feature's weights are scaled to -127 .. 127, and so is each row of x when the layer
-    is called.
+    is called. `out_dtype`: the weight's unless given.
     """
+    dtype = weight.dtype
+    out_dtype = out_dtype or dtype
     q, scale = kernels.quantize_rows(weight)
 
     def pack(rows: Tensor) -> Tensor:
         blocked: Tensor = torch.ops.onednn.qlinear_prepack(rows, [_PACK_ROWS, rows.shape[1]])
         return blocked
 
-    ours = _on_tiles(q, pack, scale, bias, out_dtype)
+    ours = _on_tiles(q, pack, scale, bias, dtype, out_dtype)
     if ours is not None:
         return ours.run
     blocked = pack(q)
@@ -98,6 +100,7 @@ def _on_tiles(
     pack: Callable[[Tensor], Tensor],
     scale: Tensor | None,
     bias: Tensor | None,
+    dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> _Ours | None:
     """Our kernel on oneDNN's pack of this weight; None where it cannot be used."""
@@ -109,7 +112,7 @@ def _on_tiles(
     if not _is_expected(blocked, padded, width):
         return None
     address: int = torch.ops.mkldnn.data_ptr(blocked)
-    run = kernels.amx_linear(address, len(weight), weight.shape[1], scale, bias, out_dtype)
+    run = kernels.amx_linear(address, len(weight), weight.shape[1], scale, bias, dtype, out_dtype)
     if run is None:
         return None
     used = (blocked, scale, bias)  # the kernel has only their addresses

@@ -71,8 +71,8 @@ _HAS_AMX = bool(_LIBRARY.tgis_amx(None))  # built for it, and the operating syst
 _quantize_rows = _kernel("tgis_quantize_rows", "ppp iiii")
 _scale_rows = _kernel("tgis_scale_rows", "ppp iii")
 _argmax = _kernel("tgis_argmax", "pp iiii")
-_linear_bf16 = _kernel("tgis_linear_bf16", "ppppp iiii")
-_linear_int8 = _kernel("tgis_linear_int8", "ppppp iiii")
+_linear_bf16 = _kernel("tgis_linear_bf16", "ppppp iii ii")
+_linear_int8 = _kernel("tgis_linear_int8", "ppppp iii ii")
 replay = _kernel("tgis_replay", "pp ii")
 _attention = _kernel("tgis_attention", "pppp ppp pp iii iii ii ii i i i dd")
 
@@ -332,20 +332,21 @@ def amx_linear(
     in_features: int,
     scale: Tensor | None,
     bias: Tensor | None,
+    dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Callable[[Tensor], Tensor] | None:
     """See `reference.amx_linear`."""
-    if not _HAS_AMX:
+    if not _HAS_AMX or (scale is None and dtype != torch.bfloat16):
         return None
     run = _linear_bf16 if scale is None else _linear_int8
     scale_address = _like(scale, "scale", (out_features,), torch.float32)
-    bias_address = _like(bias, "bias", (out_features,), torch.bfloat16)
-    out_bf16 = _DTYPES[out_dtype]
+    bias_address = _like(bias, "bias", (out_features,), dtype)
+    x_bf16, out_bf16 = _DTYPES[dtype], _DTYPES[out_dtype]
 
     def linear(x: Tensor) -> Tensor:
         rows, cols = x.shape
-        if cols != in_features or x.dtype != torch.bfloat16 or not x.is_contiguous():
-            raise ValueError(f"x must be contiguous bfloat16 [rows, {in_features}]")
+        if cols != in_features or x.dtype != dtype or not x.is_contiguous():
+            raise ValueError(f"x must be contiguous {dtype} [rows, {in_features}]")
         out = _empty((rows, out_features), out_dtype)
         run(
             x.data_ptr(),
@@ -356,6 +357,7 @@ def amx_linear(
             rows,
             in_features,
             out_features,
+            x_bf16,
             out_bf16,
         )
         return out

@@ -244,14 +244,16 @@ def amx_linear(
     in_features: int,
     scale: Tensor | None,
     bias: Tensor | None,
+    dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Callable[[Tensor], Tensor] | None:
-    """A layer for bfloat16 rows on weights that oneDNN has packed (see `linear`).
+    """A layer on weights that oneDNN has packed (see `linear`).
 
     Args:
         address: of the pack, which the caller keeps alive, as it keeps `scale` and `bias`.
         scale: [out_features] float32 for int8 weights; None for bfloat16 ones.
-        bias: [out_features] bfloat16, or None.
+        bias: [out_features], or None.
+        dtype: of x and bias: bfloat16, or float32 beside int8 weights.
         out_dtype: bfloat16 or float32.
 
     Returns:

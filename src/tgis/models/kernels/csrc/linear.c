@@ -13,13 +13,13 @@
 #include "tiles.h"
 
 struct linear_args {
-  const void *x;         // rows x in: bfloat16
+  const void *x;         // rows x in: bfloat16, or float32 beside int8 weights
   const void *weight;    // packed
   const float *w_scale;  // per output feature, of int8 weights
-  const void *bias;      // null, or out_features: bfloat16
+  const void *bias;      // null, or out_features: of x's type
   void *out;             // rows x out_features
   int64_t rows, in, out_features;
-  int64_t out_bf16;  // or float32
+  int64_t x_bf16, out_bf16;  // or float32
 };
 
 #ifdef HAVE_TILES
@@ -122,7 +122,7 @@ INLINE void finish(const struct linear_args *a, const struct operands *o, int32_
       } else {
         y = load(&sums[r][c], 0);
       }
-      if (a->bias) y += load_at(a->bias, col + c, n, 1);
+      if (a->bias) y += a->x_bf16 ? load_at(a->bias, col + c, n, 1) : load_at(a->bias, col + c, n, 0);
       void *out = (char *)at(a->out, (row + r) * n, a->out_bf16);
       if (a->out_bf16)
         store_at(out, col + c, n, y, 1);
@@ -205,9 +205,11 @@ EXPORT int tgis_linear_int8(const struct linear_args *args) {
 #pragma omp parallel
   {
 #pragma omp for
-    for (int64_t r = 0; r < a.rows; r++)
-      scale[r] = quantize_row(at(a.x, r * a.in, 1), (int8_t *)packed_row(packed, r, a.in), a.in,
-                              1024, 1);
+    for (int64_t r = 0; r < a.rows; r++) {
+      const void *x = at(a.x, r * a.in, a.x_bf16);
+      int8_t *q = (int8_t *)packed_row(packed, r, a.in);
+      scale[r] = a.x_bf16 ? quantize_row(x, q, a.in, 1024, 1) : quantize_row(x, q, a.in, 1024, 0);
+    }
     product(&a, &o, 1);
   }
   free(scale);
