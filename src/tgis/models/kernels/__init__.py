@@ -8,6 +8,7 @@ use is decided when this package is imported.
 from tgis.models.kernels.build import BuildError, cpu_target
 
 try:
+    from tgis.models.kernels import low_rank
     from tgis.models.kernels.native import (
         act,
         act_mul,
@@ -24,6 +25,7 @@ try:
 
     _DESCRIPTION = f"C kernels ({cpu_target().name})"
 except (BuildError, OSError) as error:
+    from tgis.models.kernels import low_rank_reference as low_rank  # type: ignore[no-redef]
     from tgis.models.kernels.reference import (
         act,
         act_mul,
@@ -48,6 +50,7 @@ __all__ = [
     "attention",
     "describe",
     "layer_norm",
+    "low_rank",
     "quantize_rows",
     "replayed",
     "rms_norm",
