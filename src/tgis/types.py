@@ -30,6 +30,23 @@ class ModelKind(IntEnum):
     ENCODER_DECODER = 1
 
 
+class AdapterKind(IntEnum):
+    """What an adapter changes of a model."""
+
+    PROMPT = 0  # a soft prompt: embeddings before those of the input
+    LORA = 1  # low-rank additions to weights
+
+
+class Cause(IntEnum):
+    """Why an adapter cannot be had; who asked decides how that is put."""
+
+    MISSING = 0  # no such directory in the store
+    NO_CONFIG = 1  # nothing in it that is an adapter
+    UNSUPPORTED = 2  # of a `peft_type` that is not served; the message is its name
+    INVALID = 3  # broken, too large, or not for this model; the message says what
+    BUSY = 4  # no room as long as other adapters are in use
+
+
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How one sequence's logits are processed and its next token chosen.
 

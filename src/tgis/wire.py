@@ -3,11 +3,12 @@
 One Unix stream socket, each frame a 4-byte little-endian length and a msgpack body. A body is one
 struct of the tagged unions below. End of file means that the peer has died.
 
-    front -> core   Add, Abort
-    core -> front   Loading*, Ready, then Out, Failed and Beat in any order
+    front -> core   Add, Abort, Lookup, Unpin
+    core -> front   Loading*, Ready, then Out, Failed, Found, NotFound and Beat in any order
 
-Every `Add` is answered by exactly one terminal message: a `TokenOut` with a finish reason inside
-an `Out`, or a `Failed`. An `Abort` ends a sequence without an answer.
+Every `Lookup` is answered by exactly one `Found`, which the front gives back with an `Unpin`, or
+`NotFound`. Every `Add` is answered by exactly one terminal message: a `TokenOut` with a finish
+reason inside an `Out`, or a `Failed`. An `Abort` ends a sequence without an answer.
 Times are CLOCK_MONOTONIC seconds, which the processes of one machine share.
 """
 
@@ -17,7 +18,15 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from tgis.types import DetailParams, ModelInfo, SamplingParams, TokenDetails, TokenOut
+from tgis.types import (
+    AdapterKind,
+    Cause,
+    DetailParams,
+    ModelInfo,
+    SamplingParams,
+    TokenDetails,
+    TokenOut,
+)
 
 MAX_FRAME_BYTES = 1 << 30
 _LENGTH = struct.Struct("<I")
@@ -33,6 +42,7 @@ class Add(msgspec.Struct, frozen=True, tag=1, array_like=True):
     max_new_tokens: int
     deadline: float  # inf = none
     arrival: float
+    adapter: int = 0  # handle of a `Found` that has not been given back; 0 = none
 
 
 class Abort(msgspec.Struct, frozen=True, tag=2, array_like=True):
@@ -119,6 +129,7 @@ class FailureKind(IntEnum):
     GENERATION = 0
     OUT_OF_MEMORY = 1
     INVALID = 2
+    UNAVAILABLE = 3  # its adapter is not loaded (any more)
 
 
 class Failed(msgspec.Struct, frozen=True, tag=6, array_like=True):
@@ -136,8 +147,41 @@ class Beat(msgspec.Struct, frozen=True, tag=7, array_like=True):
     gauges: Gauges
 
 
-ToCore = Add | Abort
-ToFront = Loading | Ready | Out | Failed | Beat
+class Lookup(msgspec.Struct, frozen=True, tag=8, array_like=True):
+    """Load an adapter, if it is not loaded as it lies in the store now, and hold on to it."""
+
+    lookup_id: int  # unique per connection
+    adapter_id: str
+
+
+class Found(msgspec.Struct, frozen=True, tag=9, array_like=True):
+    """The adapter is loaded, and stays so until `Unpin` or the end of the connection."""
+
+    lookup_id: int
+    handle: int  # never 0, and never used again for another one, by no core
+    kind: AdapterKind
+    num_virtual: int  # embeddings before the input: the rows of a soft prompt
+    length: int  # tokens that it takes of the sequence length
+    seconds: float  # that loading took; 0 = was loaded
+
+
+class NotFound(msgspec.Struct, frozen=True, tag=10, array_like=True):
+    """The adapter cannot be used."""
+
+    lookup_id: int
+    cause: Cause
+    message: str
+    kind: AdapterKind | None  # as far as it is known
+
+
+class Unpin(msgspec.Struct, frozen=True, tag=11, array_like=True):
+    """One `Found` of this handle is not needed any more."""
+
+    handle: int
+
+
+ToCore = Add | Abort | Lookup | Unpin
+ToFront = Loading | Ready | Out | Failed | Beat | Found | NotFound
 
 _encoder = msgspec.msgpack.Encoder()
 

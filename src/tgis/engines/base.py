@@ -14,6 +14,9 @@ from tgis.types import ModelKind
 if TYPE_CHECKING:
     import torch
 
+    from tgis.adapters.load import Adapter
+    from tgis.adapters.lora import LoraTargets
+
 KvLayout = Literal["rows", "blocks", "padded"]
 
 
@@ -33,6 +36,9 @@ class EngineCaps:
     ranks_here: int = 1  # processes with a part of the model that share this machine's memory
     # Bytes available on the machine of other ranks that has least, for as many ranks as are here.
     memory_elsewhere: int | None = None
+    # Size of the embeddings that a soft prompt may give instead of token ids; None = it cannot.
+    soft_prompt_size: int | None = None
+    lora_targets: "LoraTargets | None" = None  # the weights to which LoRA may add; None = it cannot
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,18 @@ class Engine(Protocol):
         After an error the cache holds what it held, but for what the plan's rows were to write; the
         same rows may be tried again, in smaller plans.
         """
+
+    def attach(self, handle: int, adapter: "Adapter") -> None:
+        """From now on rows may name this adapter, of a kind that `caps` says is possible.
+
+        Its tensors are of this model's sizes and dtype. Handles are never used twice.
+
+        Raises:
+            MemoryError: no memory for it; nothing has changed.
+        """
+
+    def detach(self, handle: int) -> None:
+        """No row will name this adapter any more."""
 
     def release(self, slots: Sequence[int]) -> None:
         """The memory behind these slots may be given back to the operating system."""
