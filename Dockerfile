@@ -49,8 +49,7 @@ COPY src src
 RUN python -m pip install --no-cache-dir --no-build-isolation --no-deps . \
     && python -m pip check
 RUN for target in ${KERNEL_TARGETS}; do python -m tgis.models.kernels.build --target "${target}" || exit 1; done \
-    && python -m tgis.sampling.native \
-    && chmod -R a+rX /opt/tgis/lib/python3.11/site-packages/tgis
+    && python -m tgis.sampling.native
 
 FROM server AS server-without-pip
 

@@ -147,3 +147,9 @@ def test_a_death_explains_a_broken_collective(
     house.ends[1].sock.close()
     assert house.exit_code() == 1
     assert said(caplog).startswith("rank 2 died")
+
+
+def test_what_a_stuck_rank_costs_is_within_the_limit() -> None:
+    for limit in (1.0, 2.0, 5.0, 60.0):
+        timeout = rank_watch.collective_timeout(limit)
+        assert limit / 2 <= timeout <= limit - min(0.75, limit / 2)

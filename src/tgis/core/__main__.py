@@ -22,6 +22,8 @@ log = logging.getLogger("tgis.core")
 
 _BEAT_SECONDS = 0.25
 _IDLE_SECONDS = 1.0
+# A leader rightly waits for its ranks; if they do not come, the watch over them says who it is.
+_RANKS_FIRST_SECONDS = 2.0
 
 
 class Heartbeat(threading.Thread):
@@ -35,8 +37,7 @@ class Heartbeat(threading.Thread):
         super().__init__(name="heartbeat", daemon=True)
         self._channel = channel
         self._link = link
-        # A leader may rightly wait for its ranks for as long as one collective may take.
-        patience = config.hang_timeout * (2 if config.num_shard > 1 else 1)
+        patience = config.hang_timeout + (_RANKS_FIRST_SECONDS if config.num_shard > 1 else 0)
         self._hang = HangWatch(patience, config.max_step_seconds, _BEAT_SECONDS)
         self.step_started = 0.0  # CLOCK_MONOTONIC; 0 = idle
         self.gauges = Gauges()

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import NoReturn, TypeVar
 
-from tgis.control import Fatal, how_ended
+from tgis.control import LAST_WORDS_SECONDS, Fatal, ask_for_stacks, how_ended
 from tgis.engines.rank_process import Rank
 from tgis.engines.rank_wire import Beat, Broken, ToLeader
 from tgis.errors import ModelError, StartupError
@@ -23,9 +23,15 @@ log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
 _LOADING_SECONDS = 60.0  # of silence while a rank starts and loads, which keeps even threads busy
-_SUSPENSE_SECONDS = 1.0  # between a broken collective and the end of the rank that broke it
+# Between a broken collective and the end: two beats of the others, which tell who is at fault.
+_SUSPENSE_SECONDS = 0.5
 
 T = TypeVar("T")
+
+
+def collective_timeout(hang_timeout: float) -> float:
+    """Seconds that the leader waits in a collective: with all that follows, `hang_timeout`."""
+    return hang_timeout - min(_SUSPENSE_SECONDS + _TICK_SECONDS, hang_timeout / 2)
 
 
 class Watch(threading.Thread):
@@ -122,6 +128,9 @@ class Watch(threading.Thread):
             silence = now - rank.last_heard
             limit = self._hang_timeout if rank.loaded else _LOADING_SECONDS
             if silence > limit and self._fatal is None:
+                if rank.process is not None:
+                    ask_for_stacks(rank.process.pid)
+                    time.sleep(LAST_WORDS_SECONDS)
                 self._end(f"rank {rank.number} has been silent for {silence:.1f} s")
         if self._suspicion is not None and now > self._suspicion[0]:
             self._end(f"{self._laggard()}: {self._suspicion[1]}")

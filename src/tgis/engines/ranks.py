@@ -15,7 +15,7 @@ from tgis.engines import rendezvous
 from tgis.engines.base import CacheShape, Engine
 from tgis.engines.plan import StepPlan
 from tgis.engines.rank_process import Rank, is_spread, num_ranks_here
-from tgis.engines.rank_watch import Watch
+from tgis.engines.rank_watch import Watch, collective_timeout
 from tgis.engines.rank_wire import (
     Allocate,
     Allocated,
@@ -51,7 +51,7 @@ def load_sharded(
             own = rendezvous.hello(config, files)
             joined = rendezvous.admit(server, own, config.hang_timeout)
         ranks = [Rank(number, channel) for number, channel in sorted(joined.items())]
-    group = Group(Shard(0, config.num_shard), config.hang_timeout)
+    group = Group(Shard(0, config.num_shard), collective_timeout(config.hang_timeout))
     watch = Watch(ranks, group, config.hang_timeout)
     watch.start()
 

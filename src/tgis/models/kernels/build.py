@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=PREBUILT, help="directory (default: package)")
     parser.add_argument("--target", choices=[target.name for target in TARGETS], action="append")
     arguments = parser.parse_args()
+    arguments.into.mkdir(parents=True, exist_ok=True)  # for others to read, unlike a cache
     chosen = arguments.target or [cpu_target().name]
     for target in TARGETS:
         if target.name in chosen:
