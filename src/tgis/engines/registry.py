@@ -37,6 +37,7 @@ ENGINES: dict[str, str] = {
     GENERAL: "tgis.engines.hf:load",
     "hf_accelerate": "tgis.engines.hf:load",
     "hf_optimum_bt": "tgis.engines.hf:load",
+    "hf_optimum_ort": "tgis.engines.ort:load",
 }
 
 
