@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import hmac
 import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -139,6 +140,21 @@ async def test_nothing_else_opens_any(channel: grpc.aio.Channel, metadata: dict[
     for method in GUARDED:
         assert await call(channel, method, metadata) == "UNAUTHENTICATED", method
     assert Service.reached == before
+
+
+@pytest.mark.parametrize("key", [*KEYS, "wrong"])
+async def test_every_known_key_is_compared_in_constant_time(
+    channel: grpc.aio.Channel, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[bytes] = []
+
+    def compare_digest(given: bytes, known: bytes) -> bool:
+        compared.append(known)
+        return given == known
+
+    monkeypatch.setattr(hmac, "compare_digest", compare_digest)
+    await call(channel, METHODS[0], {"x-api-key": key})
+    assert compared == list(HASHES)
 
 
 async def test_several_keys_at_once_are_refused(channel: grpc.aio.Channel) -> None:
