@@ -66,7 +66,8 @@ def run(engine: Engine, plan: StepPlan, clock: Callable[[], float] = time.monoto
             else:
                 result.broken.append(Broken(part.rows, error))
         else:
-            result.done.append(Done(part.rows, logits))
+            # What an engine returns is valid until its next step.
+            result.done.append(Done(part.rows, logits.clone() if parts else logits))
         result.seconds += clock() - start
     return result
 

@@ -1,7 +1,7 @@
 """The native engine: tgis's own networks on the CPU."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tgis.models import kernels
 from tgis.models.collectives import Group
 from tgis.models.decoder import Decoder
 from tgis.models.families import read_spec
-from tgis.models.inputs import NewTokens
+from tgis.models.inputs import NewTokens, StepInputs
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.model_config import ModelConfig
 from tgis.models.packing import choose_packing
@@ -76,6 +76,7 @@ class NativeEngine:
         self._decoder = decoder
         self._num_kv_heads = last - first
         self._cache: RowsCache | None = None
+        self._step: Callable[[StepInputs], Tensor] | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.caps = EngineCaps(
             name="tgis_native",
@@ -113,6 +114,7 @@ class NativeEngine:
             head_dim=spec.head_dim,
             dtype=self._decoder.dtype,
         )
+        self._step = self._decoder.bind(self._cache)
         if isinstance(spec.positions, Rotary):
             self._rotary = rotary_table(spec.positions, shape.slot_tokens)
 
@@ -120,6 +122,7 @@ class NativeEngine:
     def forward(self, plan: StepPlan) -> Tensor:
         """See `Engine.forward`."""
         assert self._cache is not None, "allocate comes before forward"
+        assert self._step is not None
         exchanges = self._decoder.exchanges(plan.num_tokens, plan.num_logits)
         with self._decoder.group.step(exchanges), failed_allocations():
             for copy in plan.copies:
@@ -127,7 +130,7 @@ class NativeEngine:
             tokens = NewTokens()
             for row in plan.rows:
                 tokens.add(row.slot, row.token_ids, row.start, row.num_logits)
-            return self._decoder.forward(tokens.inputs(self._rotary), self._cache)
+            return self._step(tokens.inputs(self._rotary))
 
     def release(self, slots: Sequence[int]) -> None:
         """See `Engine.release`."""
@@ -137,4 +140,5 @@ class NativeEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._cache = None
+        self._step = None
         self._rotary = None

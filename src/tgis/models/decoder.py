@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tgis.models import kernels
 from tgis.models.attention.rows import RowsAttention, operators
 from tgis.models.collectives import Exchange, Group
 from tgis.models.families.base import TensorNames
@@ -91,11 +92,28 @@ class Decoder:
             Logits after the tokens `inputs.logits_index`, float32 [N, vocab]; on ranks other than
             the first, nothing of use.
         """
-        stream = self._embed(inputs)
-        addition: Tensor | None = None
-        for block, layer_cache in zip(self._blocks, cache.layers, strict=True):
-            addition = self._run_block(block, stream, addition, layer_cache, inputs)
-        return self._logits(stream, addition, inputs.logits_index)
+        return self._whole(self._network(self._embed(inputs), inputs, cache))
+
+    def bind(self, cache: RowsCache) -> Callable[[StepInputs], Tensor]:
+        """`forward` on this cache, with its decoding steps recorded and replayed.
+
+        A result is valid until the next call.
+        """
+        if self.group.shard.world_size > 1:  # what ranks exchange cannot be recorded
+            return partial(self.forward, cache=cache)
+
+        def network(stream: Tensor, *tensors: Tensor | None) -> Tensor:
+            return self._network(stream, StepInputs(*tensors), cache)  # type: ignore[arg-type]
+
+        replayed = kernels.replayed(network)
+
+        def step(inputs: StepInputs) -> Tensor:
+            if not inputs.only_decodes:
+                return self.forward(inputs, cache)
+            stream = self._embed(inputs)
+            return self._whole(replayed(len(stream), stream, *inputs.tensors()))
+
+        return step
 
     def exchanges(self, num_tokens: int, num_logits: int) -> list[Exchange]:
         """What ranks exchange in a step: embeddings, then in every block, then logits."""
@@ -113,14 +131,21 @@ class Decoder:
             x += functional.embedding(rows, self._positions)
         return x if self._embedding_norm is None else self._embedding_norm(x, None)
 
-    def _logits(self, stream: Tensor, addition: Tensor | None, index: Tensor) -> Tensor:
+    def _network(self, stream: Tensor, inputs: StepInputs, cache: RowsCache) -> Tensor:
+        """The blocks and the head, [T, hidden] -> [N, this rank's vocabulary rows]."""
+        addition: Tensor | None = None
+        for block, layer_cache in zip(self._blocks, cache.layers, strict=True):
+            addition = self._run_block(block, stream, addition, layer_cache, inputs)
+        index = inputs.logits_index
         if len(index) < len(stream):
             stream = stream.index_select(0, index)
             addition = None if addition is None else addition.index_select(0, index)
-        if len(index):
-            logits = self._head(self._final_norm(stream, addition))
-        else:
-            logits = torch.empty(0, self._embedding.num_rows)
+        if not len(index):
+            return torch.empty(0, self._embedding.num_rows)
+        return self._head(self._final_norm(stream, addition))
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        """The logits of all ranks."""
         logits = self.group.gather(logits, self.spec.vocab_size)
         if self.spec.logits_multiplier != 1.0:
             logits.mul_(self.spec.logits_multiplier)

@@ -1,7 +1,7 @@
 """What all layers of a step share, prepared once: which tokens, where they lie, what is wanted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ class StepInputs:
     logits_index: Tensor  # int64 [N]: the tokens after which logits are wanted
     cos: Tensor | None  # float32 [T, rotary dim / 2]
     sin: Tensor | None
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether each sequence has one new token, and wants logits after it."""
+        return len(self.token_ids) == len(self.slots) == len(self.logits_index)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, in order."""
+        return tuple(getattr(self, field) for field in _FIELDS)
+
+
+_FIELDS = tuple(field.name for field in fields(StepInputs))
 
 
 class NewTokens:

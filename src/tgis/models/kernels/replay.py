@@ -42,6 +42,7 @@ class Replay:
         self._function = function
         self._memory = _Memory()
         self._recorded: dict[Hashable, _Recorded | None] = {}
+        self._foreign: str | None = None
 
     def __call__(self, key: Hashable, *inputs: Tensor | None) -> Tensor:
         """Record or replay."""
@@ -58,7 +59,9 @@ class Replay:
         with native.Recording(self._memory.recording()) as recording, watch:
             result = self._function(*own)
         if watch.foreign:
-            log.info("steps are not replayed: %s is not one of our kernels", watch.foreign)
+            if self._foreign is None:
+                log.info("steps are not replayed: %s is not one of our kernels", watch.foreign)
+            self._foreign = watch.foreign
             return None, result
         return _Recorded(recording.calls, own, result), result
 
