@@ -1,0 +1,1 @@
+"""The same workloads through tgis and through its peers, on one machine, in alternation."""
