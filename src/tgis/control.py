@@ -5,7 +5,10 @@ as it goes, and treats the end of the file as the death of the supervisor: it ex
 that nothing is ever left behind.
 """
 
+import contextlib
 import ctypes
+import faulthandler
+import os
 import signal
 import socket
 import sys
@@ -17,6 +20,8 @@ from tgis.config import Config
 from tgis.types import ModelFiles, ModelInfo
 from tgis.wire import Decoder, frame
 
+LAST_WORDS_SECONDS = 0.3  # for a hung process to say where its threads are
+_STACKS_SIGNAL = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -107,12 +112,23 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def ask_for_stacks(pid: int) -> None:
+    """Let a child write on its stderr where each of its threads is, also if it is stopped.
+
+    It answers from a signal handler in C, within milliseconds, whatever Python does meanwhile.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, _STACKS_SIGNAL)
+        os.kill(pid, signal.SIGCONT)  # a stopped process handles no signal
+
+
 def open_child() -> tuple[Channel[ToChild], Boot]:
     """In a child: the channel given as file descriptor in `sys.argv[1]`, and its first message.
 
     Exits if the supervisor is gone already.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    faulthandler.register(_STACKS_SIGNAL, all_threads=True)
     channel: Channel[ToChild] = Channel(socket.socket(fileno=int(sys.argv[1])), ToChild)
     while (messages := channel.receive()) is not None:
         for message in messages:
