@@ -14,11 +14,12 @@ from torch import Tensor
 from tgis.errors import ModelError
 from tgis.hub.safetensors import Checkpoint
 from tgis.models.families.base import TensorNames
+from tgis.models.lora import SAMPLE_ROWS, Adaptable, LoraSites
 from tgis.models.packing import PLAIN, Packing
 from tgis.models.parallel import Shard, Span
 from tgis.models.qkv import qkv_rows
 from tgis.models.spec import DecoderSpec, Learned
-from tgis.quant.linear import Linear, LinearSource, Piece, load_linear
+from tgis.quant.linear import LinearSource, Piece, load_linear
 
 
 class NormWeights(NamedTuple):
@@ -53,10 +54,14 @@ class Weights:
         self._packing = packing
         self._prefix = self._first_stored(names.prefixes, after=names.embedding)
         self._head = self._first_stored(names.heads)
+        self.lora = LoraSites(dtype, shard, names.prefixes)
 
     def embedding(self) -> Tensor:
         """Token embeddings [vocab rows of this rank, hidden]."""
-        return self._table(self._embedding_name(), self._shard.blocks(self._spec.vocab_size))
+        table = self._table(self._embedding_name(), self._shard.blocks(self._spec.vocab_size))
+        name, shape = self._prefix + self._names.embedding, self._vocab_shape()
+        self.lora.embedding(name, shape, table[:SAMPLE_ROWS].clone())
+        return table
 
     def positions(self) -> Tensor | None:
         """Position embeddings [positions, hidden], where the family has them."""
@@ -68,16 +73,19 @@ class Weights:
         name = self._prefix + self._names.positions
         return self._vector(f"{name}.weight", (rows, self._spec.hidden_size))
 
-    def head(self, embedding: Tensor) -> Linear:
+    def head(self, embedding: Tensor) -> Adaptable:
         """hidden -> float32 logits of this rank's vocabulary rows; the embeddings' where tied."""
-        name, spec = self._head, self._spec
-        if spec.tied_head and f"{name}.weight" not in self._checkpoint:
-            return self._packing.make_head(embedding, None)
-        shape = (spec.vocab_size, spec.hidden_size)
-        rows = self._shard.blocks(spec.vocab_size)
-        piece = Piece(name, shape, (rows,), (0, spec.hidden_size))
+        name, shape = self._head, self._vocab_shape()
+        rows = self._shard.blocks(self._spec.vocab_size)
+        piece = Piece(name, shape, (rows,), (0, self._spec.hidden_size))
         source = LinearSource((piece,), has_bias=False)
-        return load_linear(self._checkpoint, source, self._dtype, self._packing.make_head)
+        if self._spec.tied_head and f"{name}.weight" not in self._checkpoint:
+            layer = self._packing.make_head(embedding, None)
+            sample = embedding[:SAMPLE_ROWS].clone()
+        else:
+            layer = load_linear(self._checkpoint, source, self._dtype, self._packing.make_head)
+            sample = self._table(f"{name}.weight", (0, SAMPLE_ROWS))
+        return self.lora.head(layer, source, self._names.heads, sample)
 
     def norm(self, name: str, size: int, bias: bool | None = None) -> NormWeights:
         """A norm's weight and, if the family's norms have one, bias."""
@@ -101,7 +109,7 @@ class Weights:
             return None
         return self.norm(self._block(layer, name), self._spec.head_dim, bias=False).weight
 
-    def qkv(self, layer: int) -> Linear:
+    def qkv(self, layer: int) -> Adaptable:
         """hidden -> this rank's query heads, its key heads, its value heads."""
         spec, block = self._spec, self._block(layer)
         pieces = tuple(
@@ -110,7 +118,7 @@ class Weights:
         )
         return self._linear(pieces, spec.qkv_bias)
 
-    def attention_out(self, layer: int) -> Linear:
+    def attention_out(self, layer: int) -> Adaptable:
         """This rank's heads -> its part of the sum over ranks."""
         first, last = self._shard.query_heads(self._spec)
         head_dim = self._spec.head_dim
@@ -119,7 +127,7 @@ class Weights:
         in_features = self._spec.num_heads * head_dim
         return self._sum(name, in_features, columns, self._spec.attention_out_bias)
 
-    def mlp_in(self, layer: int) -> Linear:
+    def mlp_in(self, layer: int) -> Adaptable:
         """hidden -> this rank's part of the gate (where there is one) and of the inner values."""
         spec = self._spec
         rows = self._shard.even(spec.intermediate_size, "intermediate_size")
@@ -130,7 +138,7 @@ class Weights:
         )
         return self._linear(pieces, spec.mlp_bias)
 
-    def mlp_out(self, layer: int) -> Linear:
+    def mlp_out(self, layer: int) -> Adaptable:
         """This rank's inner values -> its part of the sum over ranks."""
         total = self._spec.intermediate_size
         columns = self._shard.even(total, "intermediate_size")
@@ -166,16 +174,18 @@ class Weights:
     def _block(self, layer: int, name: str = "") -> str:
         return f"{self._prefix}{self._names.block.format(layer)}.{name}"
 
+    def _vocab_shape(self) -> tuple[int, int]:
+        return self._spec.vocab_size, self._spec.hidden_size
+
     def _table(self, name: str, rows: Span) -> Tensor:
-        shape = (self._spec.vocab_size, self._spec.hidden_size)
-        with self._checkpoint.tensor(name, shape) as stored:
+        with self._checkpoint.tensor(name, self._vocab_shape()) as stored:
             return stored[slice(*rows)].to(self._dtype, copy=True)
 
     def _vector(self, name: str, shape: tuple[int, ...]) -> Tensor:
         with self._checkpoint.tensor(name, shape) as stored:
             return stored.to(self._dtype, copy=True)
 
-    def _sum(self, name: str, in_features: int, columns: Span, bias: bool) -> Linear:
+    def _sum(self, name: str, in_features: int, columns: Span, bias: bool) -> Adaptable:
         """A layer whose outputs are sums over the ranks."""
         hidden = self._spec.hidden_size
         piece = self._piece(name, (hidden, in_features), ((0, hidden),), columns)
@@ -186,6 +196,7 @@ class Weights:
     ) -> Piece:
         return Piece(name, shape, rows, columns, transposed=self._names.transposed)
 
-    def _linear(self, pieces: tuple[Piece, ...], bias: bool, adds_bias: bool = True) -> Linear:
+    def _linear(self, pieces: tuple[Piece, ...], bias: bool, adds_bias: bool = True) -> Adaptable:
         source = LinearSource(pieces, has_bias=bias, adds_bias=adds_bias)
-        return load_linear(self._checkpoint, source, self._dtype, self._packing.make_linear)
+        layer = load_linear(self._checkpoint, source, self._dtype, self._packing.make_linear)
+        return self.lora.layer(layer, source)

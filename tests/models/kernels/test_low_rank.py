@@ -45,11 +45,13 @@ class Case:
         self.y = random(len(rows), sum(widths)).to(dtype)
 
     def check(self, site: int = 1, index: torch.Tensor | None = None) -> torch.Tensor:
-        ours = low_rank.Rows([None if r < 0 else self.ours[r] for r in self.rows])
-        twins = low_rank_reference.Rows([None if r < 0 else self.twins[r] for r in self.rows])
+        ours, twins = (
+            torch.tensor([0 if row < 0 else adapters[row].address for row in self.rows])
+            for adapters in (self.ours, self.twins)
+        )
         x, y = self.x, self.y
         if index is not None:
-            ours, twins, x, y = ours.select(index), twins.select(index), x[index], y[index]
+            ours, twins, x, y = ours[index], twins[index], x[index], y[index]
         actual = low_rank.add_(y.clone(), x, ours, site, self.widths)
         expected = low_rank_reference.add_(y.clone(), x, twins, site, self.widths)
         exact = x.dtype == torch.float32
@@ -120,7 +122,7 @@ def test_a_layer_that_is_not_adapted(
 
 def test_wrong_arguments(native: ModuleType, generator: torch.Generator) -> None:
     case = Case(generator, torch.float32, [(4,)], (16,), 8, [0])
-    rows = low_rank.Rows(case.ours)
+    rows = torch.tensor([case.ours[0].address])
     for y, x in (
         (case.y[:, :8], case.x),
         (case.y, case.x.double()),

@@ -14,7 +14,7 @@ from torch.nn import functional
 from tgis.models.kernels.low_rank_reference import Pair, Site
 from tgis.models.kernels.native import _flag, _kernel, _like
 
-__all__ = ["Adapter", "Pair", "Rows", "Site", "add_"]
+__all__ = ["Adapter", "Pair", "Site", "add_"]
 
 _PARTS = 3
 _OUTPUTS = 16  # the kernel reads so many at a time
@@ -58,26 +58,13 @@ def _even(pair: Pair | None) -> Pair | None:
     return Pair(functional.pad(pair.a, (0, 0, 0, 1)), functional.pad(pair.b, (0, 1)))
 
 
-class Rows:
-    """See `low_rank_reference.Rows`."""
-
-    def __init__(self, adapters: Sequence[Adapter | None]) -> None:
-        self._adapters = adapters  # whose memory must outlive the step
-        addresses = [0 if adapter is None else adapter.address for adapter in adapters]
-        self.addresses = torch.tensor(addresses, dtype=torch.int64)
-
-    def select(self, index: Tensor) -> "Rows":
-        """See `low_rank_reference.Rows.select`."""
-        return Rows([self._adapters[row] for row in index.tolist()])
-
-
-def add_(y: Tensor, x: Tensor, rows: Rows, site: int, widths: tuple[int, ...]) -> Tensor:
+def add_(y: Tensor, x: Tensor, rows: Tensor, site: int, widths: tuple[int, ...]) -> Tensor:
     """See `low_rank_reference.add_`."""
     num_rows, num_inputs = x.shape
     _low_rank(
         _like(y, "y", (num_rows, sum(widths)), x.dtype),
         _like(x, "x", (num_rows, num_inputs), x.dtype),
-        _like(rows.addresses, "rows", (num_rows,), torch.int64),
+        _like(rows, "rows", (num_rows,), torch.int64),
         num_rows,
         num_inputs,
         site,

@@ -1,5 +1,7 @@
 """Low-rank additions to layers' outputs in plain PyTorch: the definition of `low_rank`."""
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +32,9 @@ class Adapter:
 
     Args:
         sites: per layer that can be adapted, in one order for all adapters; None: not adapted.
+
+    Attributes:
+        address: by which `add_` finds it as long as it lives; not 0.
     """
 
     def __init__(self, sites: Sequence[Site | None]) -> None:
@@ -41,42 +46,30 @@ class Adapter:
         ]
         tensors = [t for parts in self.sites for pair in parts if pair for t in pair]
         self.num_bytes = sum(t.nbytes for t in tensors)
+        self.address = next(_addresses)
+        _adapters[self.address] = self
 
 
-class Rows:
-    """Which adapter each row of a step has.
-
-    Args:
-        adapters: per row; None: none.
-    """
-
-    def __init__(self, adapters: Sequence[Adapter | None]) -> None:
-        self._adapters = list(adapters)
-        places: dict[Adapter, list[int]] = {}
-        for row, adapter in enumerate(adapters):
-            if adapter is not None:
-                places.setdefault(adapter, []).append(row)
-        self.groups = {adapter: torch.tensor(rows) for adapter, rows in places.items()}
-
-    def select(self, index: Tensor) -> "Rows":
-        """The rows at these places."""
-        return Rows([self._adapters[row] for row in index.tolist()])
+_addresses = itertools.count(1)
+_adapters: weakref.WeakValueDictionary[int, Adapter] = weakref.WeakValueDictionary()
 
 
-def add_(y: Tensor, x: Tensor, rows: Rows, site: int, widths: tuple[int, ...]) -> Tensor:
+def add_(y: Tensor, x: Tensor, rows: Tensor, site: int, widths: tuple[int, ...]) -> Tensor:
     """Add to a layer's output what each row's adapter adds.
 
     Args:
         y: [T, sum of widths], the layer's output, changed in place.
         x: [T, in], its input, of the same dtype.
-        rows: T of them.
+        rows: int64 [T], the address of each row's adapter; 0: none.
         site: the layer's place in every adapter's list.
         widths: output features of each part.
 
     Returns:
         y.
     """
-    for adapter, index in rows.groups.items():
+    for address in set(rows.tolist()) - {0}:
+        adapter = _adapters[address]
+        index = (rows == address).nonzero().squeeze(1)
         some = x[index].float()
         first = 0
         for pair, width in zip(adapter.sites[site] or (None,) * len(widths), widths, strict=True):
