@@ -6,6 +6,7 @@ somebody has been silent for too long.
 
 import contextlib
 import logging
+import math
 import os
 import selectors
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from tgis import __version__
 from tgis.config import Config, effective_limits
 from tgis.control import (
+    LAST_WORDS_SECONDS,
     Alive,
     Boot,
     Channel,
@@ -31,6 +33,7 @@ from tgis.control import (
     ToChild,
     ToSupervisor,
     adopt_orphans,
+    ask_for_stacks,
     how_ended,
 )
 from tgis.errors import StartupError
@@ -70,6 +73,7 @@ class _Child:
         self.fatal: Fatal | None = None
         self.loaded = False
         self.started = False  # from here on silence means a hang
+        self.kill_at = math.inf  # CLOCK_MONOTONIC; it has been found to hang
         self.tell(boot)
 
     def tell(self, message: ToChild) -> None:
@@ -128,7 +132,7 @@ class Supervisor:
             for module in self._modules:
                 self._start(module)
             while self._exit_code is None:
-                for key, _ in self._selector.select(_TICK_SECONDS):
+                for key, _ in self._selector.select(self._pause()):
                     handle: Callable[[], None] = key.data
                     handle()
                 self._check_time()
@@ -224,11 +228,28 @@ class Supervisor:
             log.warning("open requests did not finish within --drain-timeout; giving up on them")
             self._exit_code = 0
         for child in tuple(self._children.values()):
-            silence = now - child.last_heard
-            if silence > (self._config.hang_timeout if child.started else _START_SILENCE_SECONDS):
-                log.error("the %s has been silent for %.1f s; killing it", child.name, silence)
-                child.last_heard = now
+            if now >= child.kill_at:
+                child.kill_at, child.last_heard = math.inf, now
                 child.process.kill()  # its exit is handled as any other
+            elif now >= self._silent_until(child) and child.kill_at == math.inf:
+                silence = now - child.last_heard
+                log.error("the %s has been silent for %.1f s; killing it", child.name, silence)
+                ask_for_stacks(child.process.pid)
+                child.kill_at = now + LAST_WORDS_SECONDS
+
+    def _silent_until(self, child: _Child) -> float:
+        """When a child that says nothing more has hung for too long."""
+        limit = self._config.hang_timeout if child.started else _START_SILENCE_SECONDS
+        return child.last_heard + limit
+
+    def _pause(self) -> float:
+        """Seconds until there is something to check."""
+        now, children = time.monotonic(), self._children.values()
+        times = [
+            self._silent_until(child) if child.kill_at == math.inf else child.kill_at
+            for child in children
+        ]
+        return max(0.0, min([_TICK_SECONDS, *(at - now for at in times)]))
 
     def _catch_signals(self) -> Callable[[], None]:
         """Turn signals into events of the selector; returns what undoes it."""

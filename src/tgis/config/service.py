@@ -66,9 +66,8 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
         float,
         Setting(
             NETWORK,
-            "seconds after which a stream that is not read ends",
+            "seconds after which a stream of which nothing is read ends",
             check=SECONDS,
-            no_effect="streams that are not read are kept by this version",
         ),
     ] = 30.0
     shard_uds_path: Annotated[

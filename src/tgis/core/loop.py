@@ -52,6 +52,13 @@ class _Outbox:
         self.stats: StepStats | None = None
 
 
+def _failure(error: Exception) -> tuple[FailureKind, str]:
+    """What a front is told of an error."""
+    if runner.is_out_of_memory(error):
+        return FailureKind.OUT_OF_MEMORY, "out of memory"
+    return FailureKind.GENERATION, type(error).__name__
+
+
 class Core:
     """Owns the sequences and drives scheduler, engine and sampler.
 
@@ -134,8 +141,7 @@ class Core:
             self._sampler.add(seq.uid, request.sampling, request.details, seq.token_ids)
         except Exception as error:
             log.exception("a sequence could not be added")
-            failed = Failed(request.seq_id, FailureKind.GENERATION, type(error).__name__)
-            self._link.send(client, failed)
+            self._link.send(client, Failed(request.seq_id, *_failure(error)))
             return
         self._sequences[client, request.seq_id] = self._by_uid[seq.uid] = seq
         self._scheduler.add(seq)
@@ -206,14 +212,10 @@ class Core:
                 self._outbox(seq).started.append((seq.request.seq_id, now))
 
     def _fail_rows(self, rows: list[Row], error: Exception) -> None:
-        if runner.is_out_of_memory(error):
-            kind, message = FailureKind.OUT_OF_MEMORY, "out of memory"
-        else:
-            kind, message = FailureKind.GENERATION, type(error).__name__
         for row in rows:
             seq = self._by_uid.get(row.seq_id)
             if seq is not None:
-                self._fail(seq, kind, message)
+                self._fail(seq, *_failure(error))
 
     def _account_safely(self, part: runner.Done) -> int:
         try:
@@ -235,22 +237,56 @@ class Core:
         for row in rows:
             seq = self._by_uid[row.seq_id]
             self._scheduler.account(seq, row)
-            num_logits = row.num_logits
+            first, offset = offset, offset + row.num_logits
             if row.want is Want.ALL:
-                self._note_inputs(seq, row, logits[offset : offset + num_logits])
-            offset += num_logits
+                try:
+                    self._note_inputs(seq, row, logits[first:offset])
+                except Exception as error:
+                    log.exception("the details of an input could not be made")
+                    self._fail_rows([row], error)
+                    continue
             if seq.num_computed == len(seq.token_ids):
                 ready.append(seq)
                 picks.append(offset - 1)
         if not ready:
             return 0
         num_first = sum(seq.num_generated == 0 for seq in ready)
-        chosen = logits if len(picks) == offset else logits[picks]
-        choices = self._sampler.sample([seq.uid for seq in ready], chosen)
-        now = self._clock()
-        for seq, choice in zip(ready, choices, strict=True):
-            self._append(seq, choice, now)
+        alone = [i for i, seq in enumerate(ready) if seq.sampled_alone]
+        together = [i for i, seq in enumerate(ready) if not seq.sampled_alone]
+        for part in ([together] if together else []) + [[i] for i in alone]:
+            self._choose([ready[i] for i in part], [picks[i] for i in part], logits)
         return num_first
+
+    def _choose(self, seqs: list[Sequence], picks: list[int], logits: torch.Tensor) -> None:
+        """Choose the next token of each sequence.
+
+        Args:
+            picks: the row of `logits` of each.
+        """
+        try:
+            chosen = logits if len(picks) == len(logits) else logits[picks]
+            choices = self._sampler.sample([seq.uid for seq in seqs], chosen)
+        except Exception as error:
+            self._cannot_choose(seqs, error)
+            return
+        now = self._clock()
+        for seq, choice in zip(seqs, choices, strict=True):
+            seq.sampled_alone = False
+            self._append(seq, choice, now)
+
+    def _cannot_choose(self, seqs: list[Sequence], error: Exception) -> None:
+        """Of several, one may be at fault: their last token is computed again in the next step, and
+        each then chooses alone. An engine that cannot step back fails them all.
+        """
+        log.error("a token could not be chosen for %d sequences", len(seqs), exc_info=error)
+        can_step_back = self._engine.caps.kv_layout != "padded"
+        for seq in seqs:
+            begins_anew = seq.num_computed == 1 and bool(seq.encoder_ids)
+            if len(seqs) > 1 and can_step_back and not begins_anew:
+                seq.num_computed -= 1
+                seq.sampled_alone = True
+            else:
+                self._fail(seq, *_failure(error))
 
     def _note_inputs(self, seq: Sequence, row: Row, logits: torch.Tensor) -> None:
         """Details of the prompt tokens that follow this row's positions, each noted once."""

@@ -47,6 +47,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)  # `blocks` layout only
     prefix_names: list[bytes] = field(default_factory=list)  # filled in by kv.prefix
     started: bool = False  # has left the queue once
+    sampled_alone: bool = False  # choosing its token among others has failed
     input_details: list[TokenDetails] = field(default_factory=list)
 
     @classmethod

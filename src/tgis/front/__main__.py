@@ -136,6 +136,7 @@ class Front:
             self.link.run(),
             self.health.watch(on_state),
             self.doubt.settle(),
+            self.server.writes.watch(),
             report_progress(self.link, self.metrics),
             *([keep_fresh(watched)] if watched else []),
         ]

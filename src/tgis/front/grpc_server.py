@@ -14,6 +14,7 @@ from tgis.config import Config
 from tgis.errors import ConfigError
 from tgis.front.grpc_health import HEALTH_SERVICE, HealthService
 from tgis.front.rpc import service_handler
+from tgis.front.writes import Writes
 from tgis.proto import generation_pb2
 
 GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
@@ -70,13 +71,14 @@ class GrpcServer:
             interceptors=list(interceptors),
             maximum_concurrent_rpcs=config.max_concurrent_requests + _SPARE_CALLS,
         )
+        self.writes = Writes(config.write_timeout)
         self._stopping: asyncio.Future[None] | None = None
         self._health = HealthService(HEALTH_NAMES, is_serving)
         self.add_service(HEALTH_SERVICE, self._health)
 
     def add_service(self, service: ServiceDescriptor, servicer: object) -> None:
         """Serve `service` with the methods of `servicer`; see `tgis.front.rpc`."""
-        self._server.add_generic_rpc_handlers([service_handler(service, servicer)])
+        self._server.add_generic_rpc_handlers([service_handler(service, servicer, self.writes)])
 
     async def start(self, credentials: grpc.ServerCredentials | None = None) -> int:
         """Listen, with TLS if there are credentials, and return the port.

@@ -1,5 +1,6 @@
 """HTTP for operators: `GET /health` and `GET /metrics`, and nothing else."""
 
+import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,9 @@ from tgis.observe.metrics import CONTENT_TYPE, Metrics
 log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 1 << 16
+_MAX_CONNECTIONS = 128
+# For a request to come in whole, and for the next one on the same connection to come.
+_REQUEST_SECONDS = 20.0  # also for an answer to be read
 _FALSE = ("0", "false", "no")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -34,6 +38,18 @@ def make_app(health: Health, link: CoreLink, probe: Probe, metrics: Metrics) -> 
         return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     @web.middleware
+    async def in_time(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        try:
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                await response.prepare(request)
+                await response.write_eof()
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+        return response
+
+    @web.middleware
     async def empty_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
@@ -42,7 +58,7 @@ def make_app(health: Health, link: CoreLink, probe: Probe, metrics: Metrics) -> 
         except web.HTTPException as error:
             return web.Response(status=error.status)
 
-    app = web.Application(middlewares=[empty_errors], client_max_size=_MAX_BODY_BYTES)
+    app = web.Application(middlewares=[in_time, empty_errors], client_max_size=_MAX_BODY_BYTES)
     app.router.add_get("/health", get_health)
     app.router.add_get("/metrics", get_metrics)
     return app
@@ -67,6 +83,52 @@ def _answer(verdict: Verdict, health: Health, link: CoreLink) -> web.Response:
     return web.json_response(body, status=503)
 
 
+class _Door:
+    """Makes what serves a new connection; when there are too many, the oldest one ends for it."""
+
+    def __init__(self, server: web.Server) -> None:
+        self._server = server
+
+    def __call__(self) -> asyncio.Protocol:
+        connections = self._server.connections
+        if len(connections) >= _MAX_CONNECTIONS:
+            connections[0].force_close()
+        return self._server()
+
+
+class _Site(web.BaseSite):
+    """A port of the runner behind a `_Door`.
+
+    Args:
+        port: 0 for any free one.
+    """
+
+    def __init__(
+        self, runner: web.AppRunner, host: str, port: int, tls: ssl.SSLContext | None
+    ) -> None:
+        super().__init__(runner, ssl_context=tls)
+        self._host = host
+        self._port = port
+
+    @property
+    def name(self) -> str:
+        """Where it listens."""
+        return f"{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        """Listen."""
+        await super().start()
+        assert self._runner.server is not None
+        self._server = await asyncio.get_running_loop().create_server(
+            _Door(self._runner.server),
+            self._host,
+            self._port,
+            ssl=self._ssl_context,
+            backlog=self._backlog,
+            reuse_port=False,
+        )
+
+
 async def start(
     app: web.Application, host: str, port: int, tls: ssl.SSLContext | None = None
 ) -> tuple[web.AppRunner, int]:
@@ -75,9 +137,11 @@ async def start(
     Raises:
         ConfigError: the port is taken or may not be bound.
     """
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, keepalive_timeout=_REQUEST_SECONDS
+    )
     await runner.setup()
-    site = web.TCPSite(runner, host, port, reuse_port=False, ssl_context=tls)
+    site = _Site(runner, host, port, tls)
     try:
         await site.start()
     except OSError as error:

@@ -5,7 +5,7 @@ code that none of our errors has.
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from tgis.errors import STATUS, InvalidRequest, RequestError, Status, Unavailable
+from tgis.front.writes import Writes
 
 log = logging.getLogger("tgis.front")
 
@@ -39,8 +40,16 @@ def metadata_of(context: Context) -> dict[str, str]:
     return entries
 
 
+def echoed(metadata: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """What of a call's metadata comes back to its client."""
+    identifier = metadata.get(CORRELATION_ID, "")
+    if 0 < len(identifier) <= _MAX_ECHO_BYTES:
+        return ((CORRELATION_ID, identifier),)
+    return ()
+
+
 def service_handler(
-    service: ServiceDescriptor, servicer: object
+    service: ServiceDescriptor, servicer: object, writes: Writes
 ) -> "grpc.GenericRpcHandler[Any, Any]":
     """Serve every method of `service` by the method of `servicer` that has its name.
 
@@ -48,13 +57,15 @@ def service_handler(
     responses are asynchronous generators, which are closed as soon as their client is gone.
     """
     handlers = {
-        method.name: _method_handler(method, getattr(servicer, method.name))
+        method.name: _method_handler(method, getattr(servicer, method.name), writes)
         for method in service.methods
     }
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def _method_handler(method: MethodDescriptor, answer: Answer) -> "grpc.RpcMethodHandler[Any, Any]":
+def _method_handler(
+    method: MethodDescriptor, answer: Answer, writes: Writes
+) -> "grpc.RpcMethodHandler[Any, Any]":
     make = (
         grpc.unary_stream_rpc_method_handler
         if method.server_streaming
@@ -62,7 +73,7 @@ def _method_handler(method: MethodDescriptor, answer: Answer) -> "grpc.RpcMethod
     )
     wrap = _streaming if method.server_streaming else _unary
     return make(
-        wrap(answer),
+        wrap(answer, writes),
         request_deserializer=_parser(GetMessageClass(method.input_type)),
         response_serializer=GetMessageClass(method.output_type).SerializeToString,
     )
@@ -80,42 +91,45 @@ def _parser(kind: type[Message]) -> Callable[[bytes], Message | InvalidRequest]:
     return parse
 
 
-def _unary(answer: Answer) -> Callable[[Any, Context], Awaitable[Any]]:
+def _unary(answer: Answer, writes: Writes) -> Callable[[Any, Context], Awaitable[Any]]:
     async def call(request: Message | InvalidRequest, context: Context) -> Any:
-        async with _answering(request, context):
+        async with _answering(request, context, writes):
             return await answer(request, context)
 
     return call
 
 
-def _streaming(answer: Answer) -> Callable[[Any, Context], Awaitable[None]]:
+def _streaming(answer: Answer, writes: Writes) -> Callable[[Any, Context], Awaitable[None]]:
     async def call(request: Message | InvalidRequest, context: Context) -> None:
         async with (
-            _answering(request, context),
+            _answering(request, context, writes),
             aclosing(answer(request, context)) as messages,
         ):
-            async for message in messages:
-                await context.write(message)
+            await writes.stream(context, messages)
 
     return call
 
 
 @asynccontextmanager
-async def _answering(request: Message | InvalidRequest, context: Context) -> AsyncIterator[None]:
+async def _answering(
+    request: Message | InvalidRequest, context: Context, writes: Writes
+) -> AsyncIterator[None]:
     """The one place where errors become statuses. Cancellation passes through untouched."""
     try:
-        identifier = metadata_of(context).get(CORRELATION_ID, "")
-        if 0 < len(identifier) <= _MAX_ECHO_BYTES:
-            context.set_trailing_metadata(((CORRELATION_ID, identifier),))
+        if trailers := echoed(metadata_of(context)):
+            context.set_trailing_metadata(trailers)
         if isinstance(request, InvalidRequest):
             raise request
         yield
+        writes.leave(context)
     except grpc.aio.BaseError:
         raise  # gRPC's own: the call was aborted, its client is gone, the server has stopped
     except RequestError as error:
+        writes.leave(context)
         await _abort(context, error)
     except Exception:
         log.exception("a request failed unexpectedly")
+        writes.leave(context)
         await context.abort(grpc.StatusCode.UNKNOWN, _UNEXPECTED)
 
 

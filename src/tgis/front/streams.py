@@ -6,6 +6,7 @@ never grows a queue.
 """
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from tgis.text.stops import StopMatcher
 from tgis.text.streams import TextStream
 from tgis.types import DetailParams, FinishReason, SamplingParams, TokenDetails, TokenOut
 from tgis.wire import Add, Failed, FailureKind, Gauges, Out, SchedulerCounts, StepStats
+
+log = logging.getLogger(__name__)
 
 _FAILURES: dict[FailureKind, type[RequestError]] = {
     FailureKind.GENERATION: GenerationFailed,
@@ -181,6 +184,22 @@ class Stream:
             self._waiter.set_result(None)
 
 
+def _push(stream: Stream, token: TokenOut) -> None:
+    """Hand over a token; a stream that cannot take it fails alone."""
+    try:
+        stream.push(token)
+    except Exception as error:
+        log.exception("a token could not be turned into text")
+        kind = OutOfMemory if isinstance(error, MemoryError) else GenerationFailed
+        stream.fail(kind(_failure_text(stream, type(error).__name__)))
+
+
+def _failure_text(stream: Stream, cause: str) -> str:
+    if stream.num_generated:
+        cause = f"Error after generating {stream.num_generated} tokens: {cause}"
+    return f"Request failed during generation: {cause}"
+
+
 class Streams:
     """All open streams of this front, by sequence id."""
 
@@ -244,7 +263,7 @@ class Streams:
             if stream is None:
                 continue  # aborted while the step was under way
             self._time(stream, now, token.token_id >= 0)
-            stream.push(token)
+            _push(stream, token)
             if stream.finished:
                 del self._streams[token.seq_id]
                 if token.finish is FinishReason.NOT_FINISHED:
@@ -258,10 +277,7 @@ class Streams:
         if failed.kind is not FailureKind.INVALID:
             self.on_failure()
         if stream := self._streams.pop(failed.seq_id, None):
-            cause = failed.message
-            if stream.num_generated:
-                cause = f"Error after generating {stream.num_generated} tokens: {cause}"
-            stream.fail(_FAILURES[failed.kind](f"Request failed during generation: {cause}"))
+            stream.fail(_FAILURES[failed.kind](_failure_text(stream, failed.message)))
 
     def on_lost(self) -> None:
         """The core is gone: every open stream ends now."""

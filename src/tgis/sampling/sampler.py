@@ -100,6 +100,8 @@ class Sampler:
         Raises:
             KeyError: a sequence is not registered.
             ValueError: the logits have another shape.
+            MemoryError: as any other error that this step alone is to blame for, it leaves the
+                states as they were, so that the same may be tried again.
         """
         rows = [self._sequences[i] for i in seq_ids]
         if logits.shape != (len(rows), self._vocab_size):
@@ -107,10 +109,16 @@ class Sampler:
             raise ValueError(f"logits are {tuple(logits.shape)}, not {expected}")
         if not rows:
             return []
-        with np.errstate(all="ignore"):
-            scores = as_array(logits)
-            penalise(scores, rows, self._eos_ids)
-            choices = _choose(list(scores), rows)
+        marks = [row.mark() for row in rows]
+        try:
+            with np.errstate(all="ignore"):
+                scores = as_array(logits)
+                penalise(scores, rows, self._eos_ids)
+                choices = _choose(list(scores), rows)
+        except Exception:
+            for row, mark in zip(rows, marks, strict=True):
+                row.rewind(mark)
+            raise
         for row, choice in zip(rows, choices, strict=True):
             if choice.error is None:
                 row.advance(choice.token_id)

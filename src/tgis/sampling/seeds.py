@@ -41,6 +41,12 @@ class NoiseStream(Protocol):
             probs: [vocab], contiguous.
         """
 
+    def mark(self) -> object:
+        """The place of the stream, for `rewind`."""
+
+    def rewind(self, mark: object) -> None:
+        """Go back to a place."""
+
 
 def noise_stream(seed: int, vocab_size: int) -> NoiseStream:
     """The stream of a request.
@@ -79,6 +85,14 @@ class NativeStream:
         )
         return chosen
 
+    def mark(self) -> object:
+        """See `NoiseStream`."""
+        return self._state.copy()
+
+    def rewind(self, mark: object) -> None:
+        """See `NoiseStream`."""
+        self._state[:] = mark  # type: ignore[call-overload]
+
 
 class NumpyStream:
     """The stream where there is no compiler."""
@@ -107,6 +121,14 @@ class NumpyStream:
         score = probs[best] / _exponential(row[best : best + 1])
         rivals = np.flatnonzero(bound >= score * _SLACK)
         return int(rivals[(probs[rivals] / _exponential(row[rivals])).argmax()])
+
+    def mark(self) -> object:
+        """See `NoiseStream`."""
+        return self._generator.bit_generator.state
+
+    def rewind(self, mark: object) -> None:
+        """See `NoiseStream`."""
+        self._generator.bit_generator.state = mark  # type: ignore[assignment]
 
     def _next_row(self) -> NDArray[np.uint64]:
         """64 random bits for each vocabulary entry."""

@@ -61,6 +61,15 @@ class SequenceState:
         if params.do_sample:
             self.noise = noise_stream(params.seed, vocab_size)
 
+    def mark(self) -> object:
+        """Where its noise stands before a token is chosen."""
+        return None if self.noise is None else self.noise.mark()
+
+    def rewind(self, mark: object) -> None:
+        """The token was not chosen after all."""
+        if self.noise is not None:
+            self.noise.rewind(mark)
+
     def advance(self, token_id: int) -> None:
         """Account for one chosen token."""
         self.num_generated += 1
