@@ -37,14 +37,12 @@ class PromptRules:
         size: of the model's embeddings.
         dtype: of the model's arithmetic.
         max_length: most rows of one tensor.
-        limit: most bytes of all its tensors.
     """
 
     kind: ModelKind
     size: int
     dtype: torch.dtype
     max_length: int
-    limit: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,14 +92,7 @@ def load_prompt(directory: Directory, rules: PromptRules) -> SoftPrompt:
     if prompt.decoder is None and prompt.encoder is None:
         wanted = f"neither {DECODER} nor {ENCODER}" if is_seq2seq else f"no {DECODER}"
         raise _refused(f"there is {wanted}")
-    if prompt.num_bytes > rules.limit:
-        raise too_large(prompt.num_bytes, rules.limit)
     return prompt
-
-
-def too_large(num_bytes: int, limit: int) -> Refused:
-    """What a prompt is told that the cache cannot hold."""
-    return _refused(f"{num_bytes} bytes exceed the allowed cache size of {limit}")
 
 
 def _read_part(directory: Directory, name: str, rules: PromptRules) -> Tensor | None:

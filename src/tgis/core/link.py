@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from tgis.wire import Abort, Add, Decoder, ToCore, ToFront, encode
+from tgis.wire import Decoder, ToCore, ToFront, encode
 
 _READ_BYTES = 1 << 18
 
@@ -18,6 +18,7 @@ class Gone:
 
 
 GONE = Gone()
+_WAKER = -1  # what the selector knows the bell by; clients count from 0
 
 
 class _Connection:
@@ -50,6 +51,19 @@ class FrontLink:
             os.umask(old_umask)
         self._listener.listen()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._bell, self._ringer = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ringer.setblocking(False)
+        self._selector.register(self._bell, selectors.EVENT_READ, _WAKER)
+
+    def wake(self) -> None:
+        """Let `receive` return, from any thread."""
+        with contextlib.suppress(BlockingIOError, OSError):  # it is rung already, or closed
+            self._ringer.send(b".")
+
+    def is_connected(self, client: int) -> bool:
+        """Whether a front is still there."""
+        return client in self._connections
 
     def greet(self, message: ToFront) -> None:
         """Tell every front now, and every front that connects later before anything else."""
@@ -67,12 +81,15 @@ class FrontLink:
         """Send to one front; nothing happens if it is gone."""
         self._write(client, encode(message))
 
-    def receive(self, wait: float) -> Iterator[tuple[int, Add | Abort | Gone]]:
+    def receive(self, wait: float) -> Iterator[tuple[int, ToCore | Gone]]:
         """Yield what the fronts have said, waiting up to `wait` seconds for the first word."""
         for key, events in self._selector.select(wait):
             client: int | None = key.data
             if client is None:
                 self._accept()
+                continue
+            if client == _WAKER:
+                self._bell.recv(_READ_BYTES)
                 continue
             if events & selectors.EVENT_WRITE:
                 self._write(client, b"")
@@ -85,6 +102,9 @@ class FrontLink:
             self._drop(client)
         self._selector.unregister(self._listener)
         self._listener.close()
+        self._selector.unregister(self._bell)
+        self._bell.close()
+        self._ringer.close()
         self._selector.close()
 
     def _accept(self) -> None:
@@ -98,7 +118,7 @@ class FrontLink:
             greeting = self._greeting
         self._write(client, greeting)
 
-    def _read(self, client: int) -> list[Add | Abort | Gone]:
+    def _read(self, client: int) -> list[ToCore | Gone]:
         connection = self._connections.get(client)
         if connection is None:
             return []

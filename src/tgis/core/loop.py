@@ -12,13 +12,14 @@ from typing import Protocol
 import torch
 
 from tgis.core import runner
-from tgis.core.link import FrontLink
+from tgis.core.adapters import Adapters
+from tgis.core.link import FrontLink, Gone
 from tgis.core.scheduler import Scheduler
 from tgis.core.sequence import Opening, Sequence, decoder_only
 from tgis.engines.base import Engine
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.sampling import Choice, Sampler, input_details
-from tgis.types import FinishReason, TokenOut
+from tgis.types import Cause, FinishReason, TokenOut
 from tgis.wire import (
     Abort,
     Add,
@@ -26,8 +27,12 @@ from tgis.wire import (
     FailureKind,
     Gauges,
     InputDetails,
+    Lookup,
+    NotFound,
     Out,
     StepStats,
+    ToCore,
+    Unpin,
 )
 
 log = logging.getLogger(__name__)
@@ -67,6 +72,8 @@ class Core:
         pulse: what the heartbeat reads.
         clock: CLOCK_MONOTONIC seconds; replaced in tests.
         opening: how sequences begin.
+        adapters: None = there is no store of adapters.
+        pad_id: stands for the tokens of soft prompts.
     """
 
     def __init__(
@@ -78,6 +85,8 @@ class Core:
         pulse: Pulse,
         clock: Clock = time.monotonic,
         opening: Opening = decoder_only,
+        adapters: Adapters | None = None,
+        pad_id: int = 0,
     ) -> None:
         self._engine = engine
         self._sampler = sampler
@@ -85,6 +94,8 @@ class Core:
         self._link = link
         self._pulse = pulse
         self._opening = opening
+        self._adapters = adapters
+        self._pad_id = pad_id
         self._clock = clock
         self._sequences: dict[tuple[int, int], Sequence] = {}  # (client, seq_id)
         self._by_uid: dict[int, Sequence] = {}
@@ -112,6 +123,8 @@ class Core:
         known = self._scheduler.num_waiting + self._scheduler.num_running
         if not len(self._by_uid) == len(self._sequences) == known:
             return f"{len(self._by_uid)} sequences, of which the scheduler knows {known}"
+        if self._adapters is not None and not known and (fault := self._adapters.check()):
+            return fault
         return self._scheduler.check()
 
     def _check_idle(self) -> None:
@@ -125,25 +138,51 @@ class Core:
 
     def _ingest(self, wait: float) -> None:
         for client, message in self._link.receive(wait):
-            if isinstance(message, Add):
+            self._take(client, message)
+        if self._adapters is not None:
+            self._adapters.settle()
+
+    def _take(self, client: int, message: ToCore | Gone) -> None:
+        match message:
+            case Add():
                 self._add(client, message)
-            elif isinstance(message, Abort):
+            case Abort():
                 for seq_id in message.seq_ids:
                     self._drop(self._sequences.get((client, seq_id)))
-            else:  # the connection is gone
+            case Lookup():
+                if self._adapters is not None:
+                    self._adapters.lookup(client, message)
+                else:
+                    none = NotFound(message.lookup_id, Cause.MISSING, "there is no store", None)
+                    self._link.send(client, none)
+            case Unpin():
+                if self._adapters is not None:
+                    self._adapters.unpin(client, message.handle)
+            case Gone():
                 for seq in [seq for seq in self._by_uid.values() if seq.client == client]:
                     self._drop(seq)
+                if self._adapters is not None:
+                    self._adapters.gone(client)
 
     def _add(self, client: int, request: Add) -> None:
-        seq = Sequence.of(self._next_uid, request, client, self._opening)
+        adapter = None
+        if request.adapter:
+            adapter = self._adapters.get(request.adapter) if self._adapters else None
+            if adapter is None:
+                text = "its adapter is not loaded any more; try again"
+                self._link.send(client, Failed(request.seq_id, FailureKind.UNAVAILABLE, text))
+                return
+        seq = Sequence.of(self._next_uid, request, client, self._opening, adapter, self._pad_id)
         self._next_uid += 1
         try:
-            self._sampler.add(seq.uid, request.sampling, request.details, seq.token_ids)
+            self._sampler.add(seq.uid, request.sampling, request.details, seq.real_ids)
         except Exception as error:
             log.exception("a sequence could not be added")
             self._link.send(client, Failed(request.seq_id, *_failure(error)))
             return
         self._sequences[client, request.seq_id] = self._by_uid[seq.uid] = seq
+        if adapter is not None and self._adapters is not None:
+            self._adapters.hold(adapter)
         self._scheduler.add(seq)
 
     def _drop(self, seq: Sequence | None, sound: bool = True) -> None:
@@ -155,6 +194,8 @@ class Core:
     def _forget(self, seq: Sequence) -> None:
         self._sampler.remove(seq.uid)
         del self._sequences[seq.client, seq.request.seq_id], self._by_uid[seq.uid]
+        if seq.adapter is not None and self._adapters is not None:
+            self._adapters.let_go(seq.adapter)
 
     def _fail(self, seq: Sequence, kind: FailureKind, message: str) -> None:
         self._drop(seq, sound=False)

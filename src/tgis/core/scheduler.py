@@ -129,7 +129,9 @@ class Scheduler:
                 prompts.append(seq)
             elif seq.slot >= 0 and (seq.size <= seq.room or self._grow(seq)):
                 last = seq.token_ids[-1]
-                rows.append(Row(seq.uid, seq.slot, [last], length - 1, Want.LAST, seq.block_table))
+                row = Row(seq.uid, seq.slot, [last], length - 1, Want.LAST, seq.block_table)
+                row.prompt, row.lora = seq.prompt, seq.lora
+                rows.append(row)
         budget = self._max_step_tokens - len(rows)
         for seq in prompts:
             if budget and seq.slot >= 0:
@@ -285,6 +287,7 @@ def _add_chunk(seq: Sequence, budget: int, rows: list[Row]) -> int:
     if seq.wants_input_details:
         want = Want.ALL
     row = Row(seq.uid, seq.slot, seq.token_ids[start:end], start, want, seq.block_table)
+    row.prompt, row.lora = seq.prompt, seq.lora
     if start == 0 and seq.encoder_ids:
         row.encoder_ids = seq.encoder_ids
     rows.append(row)

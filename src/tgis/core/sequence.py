@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tgis.types import TokenDetails
+from tgis.core.resident import Resident
+from tgis.types import AdapterKind, TokenDetails
 from tgis.wire import Add
 
 Opening = Callable[[Add], tuple[list[int], list[int]]]
@@ -28,6 +29,9 @@ class Sequence:
     There is no prefill state and no decode state: `num_computed` tokens of `token_ids` have their
     keys and values in the cache, and a step computes some of the rest. Chunked prefill, prefix
     hits and resumption after preemption are all that one sentence.
+
+    The tokens of a soft prompt stand at the beginning of `token_ids` and `encoder_ids` as pads:
+    they take positions and memory as others do, but nobody ever asks for these ids.
     """
 
     uid: int  # unique in this core; `request.seq_id` is only unique per client
@@ -49,13 +53,28 @@ class Sequence:
     started: bool = False  # has left the queue once
     sampled_alone: bool = False  # choosing its token among others has failed
     input_details: list[TokenDetails] = field(default_factory=list)
+    adapter: Resident | None = None
+    num_virtual: int = 0  # of `token_ids`, those of a soft prompt
+    prompt: int = 0  # handle of the adapter, if it is a soft prompt
+    lora: int = 0  # ... if it is LoRA
 
     @classmethod
-    def of(cls, uid: int, request: Add, client: int, opening: Opening = decoder_only) -> "Sequence":
+    def of(
+        cls,
+        uid: int,
+        request: Add,
+        client: int,
+        opening: Opening = decoder_only,
+        adapter: Resident | None = None,
+        pad_id: int = 0,
+    ) -> "Sequence":
         """A waiting sequence."""
         token_ids, encoder_ids = opening(request)
+        if adapter is not None:
+            token_ids = [pad_id] * adapter.num_decoder + token_ids
+            encoder_ids = [pad_id] * adapter.num_encoder + encoder_ids
         num_prompt = len(token_ids)
-        return cls(
+        seq = cls(
             uid,
             request,
             client,
@@ -67,6 +86,18 @@ class Sequence:
             request.deadline,
             request.arrival,
         )
+        if adapter is not None:
+            seq.adapter, seq.salt, seq.num_virtual = adapter, adapter.salt, adapter.num_decoder
+            if adapter.kind is AdapterKind.LORA:
+                seq.lora = adapter.handle
+            else:
+                seq.prompt = adapter.handle
+        return seq
+
+    @property
+    def real_ids(self) -> list[int]:
+        """Tokens so far, without those of a soft prompt."""
+        return self.token_ids[self.num_virtual :] if self.num_virtual else self.token_ids
 
     @property
     def size(self) -> int:

@@ -1,13 +1,15 @@
 """The native engine: tgis's own networks on the CPU."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tgis.adapters.load import Adapter
+from tgis.adapters.prompts import SoftPrompt
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
 from tgis.engines.host_memory import trim
@@ -16,9 +18,9 @@ from tgis.errors import ConfigError
 from tgis.hub.safetensors import Progress, open_checkpoint
 from tgis.models import kernels
 from tgis.models.collectives import Group
-from tgis.models.decoder import Decoder
+from tgis.models.decoder import Decoder, Step
 from tgis.models.families import read_spec
-from tgis.models.inputs import NewTokens, StepInputs
+from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.model_config import ModelConfig
 from tgis.models.packing import choose_packing
@@ -76,7 +78,8 @@ class NativeEngine:
         self._decoder = decoder
         self._num_kv_heads = last - first
         self._cache: RowsCache | None = None
-        self._step: Callable[[StepInputs], Tensor] | None = None
+        self._step: Step | None = None
+        self._prompts: dict[int, SoftPrompt] = {}  # by handle
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.caps = EngineCaps(
             name="tgis_native",
@@ -92,6 +95,7 @@ class NativeEngine:
             * decoder.dtype.itemsize,
             dtype=str(decoder.dtype).removeprefix("torch."),
             kv_granule=page_tokens(spec.head_dim, decoder.dtype),
+            soft_prompt_size=spec.hidden_size,
         )
 
     def allocate(self, shape: CacheShape) -> None:
@@ -129,8 +133,18 @@ class NativeEngine:
                 self._cache.copy(copy.source, copy.target, copy.num_tokens)
             tokens = NewTokens()
             for row in plan.rows:
-                tokens.add(row.slot, row.token_ids, row.start, row.num_logits)
-            return self._step(tokens.inputs(self._rotary))
+                prompt = self._prompts[row.prompt].decoder if row.prompt else None
+                tokens.add(row.slot, row.token_ids, row.start, row.num_logits, prompt)
+            return self._step(tokens.inputs(self._rotary), tokens.splices)
+
+    def attach(self, handle: int, adapter: Adapter) -> None:
+        """See `Engine.attach`."""
+        if isinstance(adapter, SoftPrompt):
+            self._prompts[handle] = adapter
+
+    def detach(self, handle: int) -> None:
+        """See `Engine.detach`."""
+        self._prompts.pop(handle, None)
 
     def release(self, slots: Sequence[int]) -> None:
         """See `Engine.release`."""

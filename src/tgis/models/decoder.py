@@ -4,7 +4,7 @@ A step runs over a flat batch of tokens [T, hidden], without padding. What a blo
 residual stream is added by the norm that reads the stream next, in one pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -17,13 +17,14 @@ from tgis.models import kernels
 from tgis.models.attention.rows import RowsAttention, operators
 from tgis.models.collectives import Exchange, Group
 from tgis.models.families.base import TensorNames
-from tgis.models.inputs import StepInputs
+from tgis.models.inputs import Splice, StepInputs, splice
 from tgis.models.kv_cache import LayerCache, RowsCache
 from tgis.models.parallel import VocabularyTable
 from tgis.models.spec import DecoderSpec, Learned, Topology
 from tgis.models.weights import NormWeights, Weights
 from tgis.quant.linear import Linear
 
+Step = Callable[[StepInputs, Sequence[Splice]], Tensor]
 Norm = Callable[[Tensor, Tensor | None], Tensor]
 """(stream, addition) -> norm of stream + addition, which the stream becomes (if it is not None)."""
 
@@ -85,32 +86,37 @@ class Decoder:
         self._final_norm = _norm(ops, spec, weights.outer_norm(names.final_norm))
         weights.finish()
 
-    def forward(self, inputs: StepInputs, cache: RowsCache) -> Tensor:
+    def forward(
+        self, inputs: StepInputs, cache: RowsCache, splices: Sequence[Splice] = ()
+    ) -> Tensor:
         """Compute one step and extend the cache.
+
+        Args:
+            splices: embeddings of soft prompts, the same on all ranks.
 
         Returns:
             Logits after the tokens `inputs.logits_index`, float32 [N, vocab]; on ranks other than
             the first, nothing of use.
         """
-        return self._whole(self._network(self._embed(inputs), inputs, cache))
+        return self._whole(self._network(self._embed(inputs, splices), inputs, cache))
 
-    def bind(self, cache: RowsCache) -> Callable[[StepInputs], Tensor]:
+    def bind(self, cache: RowsCache) -> Step:
         """`forward` on this cache, with its decoding steps recorded and replayed.
 
         A result is valid until the next call.
         """
         if self.group.shard.world_size > 1:  # what ranks exchange cannot be recorded
-            return partial(self.forward, cache=cache)
+            return lambda inputs, splices: self.forward(inputs, cache, splices)
 
         def network(stream: Tensor, *tensors: Tensor | None) -> Tensor:
             return self._network(stream, StepInputs(*tensors), cache)  # type: ignore[arg-type]
 
         replayed = kernels.replayed(network)
 
-        def step(inputs: StepInputs) -> Tensor:
+        def step(inputs: StepInputs, splices: Sequence[Splice]) -> Tensor:
             if not inputs.only_decodes:
-                return self.forward(inputs, cache)
-            stream = self._embed(inputs)
+                return self.forward(inputs, cache, splices)
+            stream = self._embed(inputs, splices)
             return self._whole(replayed(len(stream), stream, *inputs.tensors()))
 
         return step
@@ -122,8 +128,9 @@ class Decoder:
         logits = Exchange((num_logits, self.spec.vocab_size), torch.float32)
         return [stream] * (1 + per_block * self.spec.num_layers) + [logits]
 
-    def _embed(self, inputs: StepInputs) -> Tensor:
+    def _embed(self, inputs: StepInputs, splices: Sequence[Splice]) -> Tensor:
         x = self.group.sum_(self._embedding(inputs.token_ids))
+        splice(x, splices)
         if self.spec.embedding_multiplier != 1.0:
             x.mul_(self.spec.embedding_multiplier)
         if isinstance(self.spec.positions, Learned) and self._positions is not None:

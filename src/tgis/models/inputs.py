@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +35,28 @@ class StepInputs:
 _FIELDS = tuple(field.name for field in fields(StepInputs))
 
 
+class Splice(NamedTuple):
+    """Embeddings [n, hidden] of tokens `first`, ... of a step, instead of those of their ids."""
+
+    first: int
+    rows: Tensor
+
+
+def splice(embeddings: Tensor, splices: Sequence[Splice]) -> None:
+    """Put the embeddings of soft prompts in their places in [T, hidden]."""
+    for first, rows in splices:
+        embeddings[first : first + len(rows)] = rows
+
+
 class NewTokens:
-    """Collects a step's tokens, sequence by sequence."""
+    """Collects a step's tokens, sequence by sequence.
+
+    Attributes:
+        splices: the tokens that are those of soft prompts.
+    """
 
     def __init__(self) -> None:
+        self.splices: list[Splice] = []
         self._token_ids: list[int] = []
         self._positions: list[int] = []
         self._token_slot: list[int] = []
@@ -46,9 +65,24 @@ class NewTokens:
         self._kv_len: list[int] = []
         self._logits_index: list[int] = []
 
-    def add(self, slot: int, token_ids: Sequence[int], start: int, num_logits: int) -> None:
-        """Tokens of one sequence at positions `start`, ...; logits after the last `num_logits`."""
+    def add(
+        self,
+        slot: int,
+        token_ids: Sequence[int],
+        start: int,
+        num_logits: int,
+        prompt: Tensor | None = None,
+    ) -> None:
+        """Tokens of one sequence at positions `start`, ...; logits after the last `num_logits`.
+
+        Args:
+            prompt: [n, hidden], the embeddings of the sequence's first n positions, if they are
+                those of a soft prompt.
+        """
         num_tokens = len(token_ids)
+        if prompt is not None and start < len(prompt):
+            rows = prompt[start : start + num_tokens]
+            self.splices.append(Splice(self._q_start[-1], rows))
         self._token_ids += token_ids
         self._positions += range(start, start + num_tokens)
         self._token_slot += [slot] * num_tokens
