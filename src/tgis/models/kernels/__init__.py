@@ -9,6 +9,7 @@ from tgis.models.kernels.build import BuildError, cpu_target
 
 try:
     from tgis.models.kernels import low_rank
+    from tgis.models.kernels.grouped_native import grouped_product
     from tgis.models.kernels.native import (
         act,
         act_mul,
@@ -32,6 +33,7 @@ except (BuildError, OSError) as error:
         amx_linear,
         argmax,
         attention,
+        grouped_product,
         layer_norm,
         quantize_rows,
         replayed,
@@ -49,6 +51,7 @@ __all__ = [
     "argmax",
     "attention",
     "describe",
+    "grouped_product",
     "layer_norm",
     "low_rank",
     "quantize_rows",

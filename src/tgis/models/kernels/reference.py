@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from tgis.models.kernels.grouped_pack import Pack
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -258,6 +260,23 @@ def amx_linear(
 
     Returns:
         x [T, in_features] -> [T, out_features]; None where there is no such kernel, as in PyTorch.
+    """
+    return None
+
+
+def grouped_product(
+    weight: Pack, bias: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype
+) -> Callable[[Tensor], Tensor] | None:
+    """A layer on weights of 4 or 8 bits with groups (see `quant.grouped`).
+
+    Args:
+        weight: packed.
+        bias: [out_features], or None.
+        dtype: of x and bias: bfloat16 or float32.
+        out_dtype: bfloat16 or float32.
+
+    Returns:
+        x [T, cols] -> [T, out_features]; None where there is no such kernel, as in PyTorch.
     """
     return None
 
