@@ -3,7 +3,7 @@
 One Unix stream socket, each frame a 4-byte little-endian length and a msgpack body. A body is one
 struct of the tagged unions below. End of file means that the peer has died.
 
-    front -> core   Add, Abort, Lookup, Unpin
+    front -> core   Add, Abort, Hold, Lookup, Unpin
     core -> front   Loading*, Ready, then Out, Failed, Found, NotFound and Beat in any order
 
 Every `Lookup` is answered by exactly one `Found`, which the front gives back with an `Unpin`, or
@@ -43,12 +43,20 @@ class Add(msgspec.Struct, frozen=True, tag=1, array_like=True):
     deadline: float  # inf = none
     arrival: float
     adapter: int = 0  # handle of a `Found` that has not been given back; 0 = none
+    tenant: bytes = b""  # who shares the engine fairly with others; cached prefixes are its own
 
 
 class Abort(msgspec.Struct, frozen=True, tag=2, array_like=True):
     """Forget these sequences; unknown ids are ignored."""
 
     seq_ids: list[int]
+
+
+class Hold(msgspec.Struct, frozen=True, tag=12, array_like=True):
+    """Compute nothing more of a sequence, whose client does not keep up, until told otherwise."""
+
+    seq_id: int
+    held: bool
 
 
 class Loading(msgspec.Struct, frozen=True, tag=3, array_like=True):
@@ -180,7 +188,7 @@ class Unpin(msgspec.Struct, frozen=True, tag=11, array_like=True):
     handle: int
 
 
-ToCore = Add | Abort | Lookup | Unpin
+ToCore = Add | Abort | Hold | Lookup | Unpin
 ToFront = Loading | Ready | Out | Failed | Beat | Found | NotFound
 
 _encoder = msgspec.msgpack.Encoder()

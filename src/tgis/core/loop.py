@@ -26,6 +26,7 @@ from tgis.wire import (
     Failed,
     FailureKind,
     Gauges,
+    Hold,
     InputDetails,
     Lookup,
     NotFound,
@@ -102,6 +103,7 @@ class Core:
         self._next_uid = 0
         self._outboxes: dict[int, _Outbox] = {}
         self._fault: str | None = None  # reported already
+        self._stalled = False  # there is work, but nothing that can be computed now
 
     def turn(self, wait: float) -> None:
         """One turn: ingest, then a step if there is work.
@@ -109,7 +111,7 @@ class Core:
         Args:
             wait: seconds to wait for a message when there is nothing to do.
         """
-        self._ingest(0.0 if self._scheduler.has_work else wait)
+        self._ingest(0.0 if self._scheduler.has_work and not self._stalled else wait)
         if self._scheduler.has_work:
             self._pulse.step_started = self._clock()
             self._step()
@@ -149,6 +151,9 @@ class Core:
             case Abort():
                 for seq_id in message.seq_ids:
                     self._drop(self._sequences.get((client, seq_id)))
+            case Hold():
+                if (seq := self._sequences.get((client, message.seq_id))) is not None:
+                    seq.held = message.held
             case Lookup():
                 if self._adapters is not None:
                     self._adapters.lookup(client, message)
@@ -209,6 +214,7 @@ class Core:
                 TokenOut(seq.request.seq_id, -1, FinishReason.TIME_LIMIT)
             )
         plan = self._scheduler.schedule()
+        self._stalled = not plan.rows
         self._release()
         if plan.rows:
             self._note_started(plan, start)

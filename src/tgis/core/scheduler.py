@@ -9,13 +9,13 @@ when memory runs out, the sequence admitted last gives its memory up and is comp
 (preemption by recomputation). The one admitted first never does, so there is always progress.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
 
 from tgis.core.budget import Budget, Load, Room, Verdict
 from tgis.core.kv.base import KvMemory
 from tgis.core.sequence import Sequence
+from tgis.core.waiting import Waiting
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.types import FinishReason
 from tgis.wire import Gauges, SchedulerCounts
@@ -54,7 +54,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
         self._eos = frozenset(eos_token_ids)
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # by uid, first come first
+        self._waiting = Waiting()
         self._running: dict[int, Sequence] = {}  # by uid, in order of admission
         self._deadlines: list[tuple[float, int]] = []  # heap of (deadline, uid)
         self._steps_alone = 0  # since a sequence was admitted last
@@ -79,7 +79,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
-        self._waiting[seq.uid] = seq
+        self._waiting.arrive(seq)
         self._no_room = False
         self._new.add(seq.uid)
         self._note_deadline(seq)
@@ -95,7 +95,8 @@ class Scheduler:
             self._memory.close(seq, keep)
             self._no_room = False
         else:
-            del self._waiting[seq.uid]
+            self._waiting.take(seq)
+        self._waiting.leave(seq)
 
     def expire(self, now: float) -> list[Sequence]:
         """Remove and return the sequences whose deadline has passed and that get no token soon.
@@ -111,7 +112,7 @@ class Scheduler:
                 spared.append((deadline, uid))
                 continue
             seq = self._waiting.get(uid) or self._running.get(uid)
-            if seq is not None and (seq.slot < 0 or seq.num_uncomputed > 1):
+            if seq is not None and (seq.slot < 0 or seq.num_uncomputed > 1 or seq.held):
                 self.remove(seq)
                 expired.append(seq)
         for item in spared:
@@ -124,6 +125,8 @@ class Scheduler:
         prompts: list[Sequence] = []
         num_preempted = self._counts.num_preempted
         for seq in tuple(self._running.values()):
+            if seq.held:
+                continue
             length = len(seq.token_ids)
             if length - seq.num_computed > 1:
                 prompts.append(seq)
@@ -151,6 +154,7 @@ class Scheduler:
     def append(self, seq: Sequence, token_id: int, now: float) -> FinishReason:
         """Add a chosen token; a sequence that ends thereby is removed."""
         seq.token_ids.append(token_id)
+        self._waiting.serve(seq, 1)
         reason = self._finish_reason(seq, token_id, now)
         if reason is not FinishReason.NOT_FINISHED:
             self.remove(seq)
@@ -222,8 +226,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         del self._running[seq.uid]
         self._memory.close(seq)
-        self._waiting[seq.uid] = seq
-        self._waiting.move_to_end(seq.uid, last=False)
+        self._waiting.put_back(seq)
         self._note_deadline(seq)
         self._counts.num_preempted += 1
 
@@ -241,7 +244,7 @@ class Scheduler:
             if not budget or len(running) + len(admitted) >= self._max_running:
                 break
         for seq in admitted:
-            del self._waiting[seq.uid]
+            self._waiting.take(seq)
             self._running[seq.uid] = seq
             self._steps_alone = 0
         self._no_room = not admitted
@@ -250,13 +253,14 @@ class Scheduler:
         """Waiting sequences for which there is room; each has its memory when it is yielded."""
         counts = self._counts
         cutoff, num_skipped = float("inf"), 0
-        for seq in self._waiting.values():
+        for seq in self._waiting:
             if seq.arrival > cutoff:
                 return
             load = _load(seq)
             verdict = room.fits(load)
             if verdict.fits and self._memory.open(seq, seq.size):
                 room.add(load)
+                self._waiting.serve(seq, seq.num_uncomputed)
                 counts.num_queue_jumps += num_skipped > 0
                 counts.num_exact_fits += verdict is Verdict.FITS_EXACTLY
                 if self._memory.caching and not seq.started:

@@ -51,6 +51,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)  # `blocks` layout only
     prefix_names: list[bytes] = field(default_factory=list)  # filled in by kv.prefix
     started: bool = False  # has left the queue once
+    held: bool = False  # nothing is computed of it now, because its client does not keep up
     sampled_alone: bool = False  # choosing its token among others has failed
     input_details: list[TokenDetails] = field(default_factory=list)
     adapter: Resident | None = None
@@ -92,6 +93,8 @@ class Sequence:
                 seq.lora = adapter.handle
             else:
                 seq.prompt = adapter.handle
+        if request.tenant:
+            seq.salt = bytes([len(request.tenant)]) + request.tenant + seq.salt
         return seq
 
     @property
