@@ -22,6 +22,7 @@ from tgis.models.decoder import Decoder, Step
 from tgis.models.families import read_spec
 from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
+from tgis.models.lora import LoraAdapter
 from tgis.models.model_config import ModelConfig
 from tgis.models.packing import choose_packing
 from tgis.models.rotary import rotary_table
@@ -80,6 +81,7 @@ class NativeEngine:
         self._cache: RowsCache | None = None
         self._step: Step | None = None
         self._prompts: dict[int, SoftPrompt] = {}  # by handle
+        self._loras: dict[int, LoraAdapter] = {}
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.caps = EngineCaps(
             name="tgis_native",
@@ -96,6 +98,7 @@ class NativeEngine:
             dtype=str(decoder.dtype).removeprefix("torch."),
             kv_granule=page_tokens(spec.head_dim, decoder.dtype),
             soft_prompt_size=spec.hidden_size,
+            lora_targets=decoder.lora.targets,
         )
 
     def allocate(self, shape: CacheShape) -> None:
@@ -134,17 +137,22 @@ class NativeEngine:
             tokens = NewTokens()
             for row in plan.rows:
                 prompt = self._prompts[row.prompt].decoder if row.prompt else None
-                tokens.add(row.slot, row.token_ids, row.start, row.num_logits, prompt)
+                lora = self._loras[row.lora].address if row.lora else 0
+                tokens.add(row.slot, row.token_ids, row.start, row.num_logits, prompt, lora)
             return self._step(tokens.inputs(self._rotary), tokens.splices)
 
     def attach(self, handle: int, adapter: Adapter) -> None:
         """See `Engine.attach`."""
         if isinstance(adapter, SoftPrompt):
             self._prompts[handle] = adapter
+        else:
+            with failed_allocations():
+                self._loras[handle] = self._decoder.lora.attach(adapter.pairs)
 
     def detach(self, handle: int) -> None:
         """See `Engine.detach`."""
         self._prompts.pop(handle, None)
+        self._loras.pop(handle, None)
 
     def release(self, slots: Sequence[int]) -> None:
         """See `Engine.release`."""

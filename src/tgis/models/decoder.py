@@ -19,10 +19,10 @@ from tgis.models.collectives import Exchange, Group
 from tgis.models.families.base import TensorNames
 from tgis.models.inputs import Splice, StepInputs, splice
 from tgis.models.kv_cache import LayerCache, RowsCache
+from tgis.models.lora import Adaptable
 from tgis.models.parallel import VocabularyTable
 from tgis.models.spec import DecoderSpec, Learned, Topology
 from tgis.models.weights import NormWeights, Weights
-from tgis.quant.linear import Linear
 
 Step = Callable[[StepInputs, Sequence[Splice]], Tensor]
 Norm = Callable[[Tensor, Tensor | None], Tensor]
@@ -34,23 +34,25 @@ class Block:
     """One layer's parameters on this rank."""
 
     attention_norm: Norm
-    qkv: Linear
+    qkv: Adaptable
     attention: RowsAttention
-    attention_out: Linear
+    attention_out: Adaptable
     mlp_norm: Norm | None
-    mlp_in: Linear
+    mlp_in: Adaptable
     activation: Callable[[Tensor], Tensor]
-    mlp_out: Linear
+    mlp_out: Adaptable
     multiplier: float  # of what the block adds to the stream
     complete: Callable[[Tensor], Tensor]  # sums over the ranks, in place
 
     def attend(self, x: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
         """Attention, [T, hidden] -> [T, hidden], this rank's part of the sum."""
-        return self._scaled(self.attention_out(self.attention(self.qkv(x), cache, inputs)))
+        attended = self.attention(self.qkv(x, inputs.lora), cache, inputs)
+        return self._scaled(self.attention_out(attended, inputs.lora))
 
-    def mlp(self, x: Tensor) -> Tensor:
+    def mlp(self, x: Tensor, inputs: StepInputs) -> Tensor:
         """The MLP, [T, hidden] -> [T, hidden], this rank's part of the sum."""
-        return self._scaled(self.mlp_out(self.activation(self.mlp_in(x))))
+        inner = self.activation(self.mlp_in(x, inputs.lora))
+        return self._scaled(self.mlp_out(inner, inputs.lora))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.multiplier == 1.0 else x.mul_(self.multiplier)
@@ -83,6 +85,7 @@ class Decoder:
             for layer in range(spec.num_layers)
         ]
         self._run_block = TOPOLOGIES[spec.topology]
+        self.lora = weights.lora
         self._final_norm = _norm(ops, spec, weights.outer_norm(names.final_norm))
         weights.finish()
 
@@ -117,7 +120,8 @@ class Decoder:
             if not inputs.only_decodes:
                 return self.forward(inputs, cache, splices)
             stream = self._embed(inputs, splices)
-            return self._whole(replayed(len(stream), stream, *inputs.tensors()))
+            key = (len(stream), inputs.lora is not None)
+            return self._whole(replayed(key, stream, *inputs.tensors()))
 
         return step
 
@@ -129,7 +133,10 @@ class Decoder:
         return [stream] * (1 + per_block * self.spec.num_layers) + [logits]
 
     def _embed(self, inputs: StepInputs, splices: Sequence[Splice]) -> Tensor:
-        x = self.group.sum_(self._embedding(inputs.token_ids))
+        x = self._embedding(inputs.token_ids)
+        if inputs.lora is not None:
+            self.lora.embed_(x, inputs.token_ids, inputs.lora)
+        self.group.sum_(x)
         splice(x, splices)
         if self.spec.embedding_multiplier != 1.0:
             x.mul_(self.spec.embedding_multiplier)
@@ -143,13 +150,14 @@ class Decoder:
         addition: Tensor | None = None
         for block, layer_cache in zip(self._blocks, cache.layers, strict=True):
             addition = self._run_block(block, stream, addition, layer_cache, inputs)
-        index = inputs.logits_index
+        index, lora = inputs.logits_index, inputs.lora
         if len(index) < len(stream):
+            lora = None if lora is None else lora.index_select(0, index)
             stream = stream.index_select(0, index)
             addition = None if addition is None else addition.index_select(0, index)
         if not len(index):
             return torch.empty(0, self._embedding.num_rows)
-        return self._head(self._final_norm(stream, addition))
+        return self._head(self._final_norm(stream, addition), lora)
 
     def _whole(self, logits: Tensor) -> Tensor:
         """The logits of all ranks."""
@@ -164,7 +172,7 @@ def _sequential(
 ) -> Tensor:
     attended = block.complete(block.attend(block.attention_norm(stream, addition), cache, inputs))
     assert block.mlp_norm is not None
-    return block.complete(block.mlp(block.mlp_norm(stream, attended)))
+    return block.complete(block.mlp(block.mlp_norm(stream, attended), inputs))
 
 
 def _parallel(
@@ -172,14 +180,14 @@ def _parallel(
 ) -> Tensor:
     attended = block.attend(block.attention_norm(stream, addition), cache, inputs)
     assert block.mlp_norm is not None
-    return block.complete(attended.add_(block.mlp(block.mlp_norm(stream, None))))
+    return block.complete(attended.add_(block.mlp(block.mlp_norm(stream, None), inputs)))
 
 
 def _shared(
     block: Block, stream: Tensor, addition: Tensor | None, cache: LayerCache, inputs: StepInputs
 ) -> Tensor:
     x = block.attention_norm(stream, addition)
-    return block.complete(block.attend(x, cache, inputs).add_(block.mlp(x)))
+    return block.complete(block.attend(x, cache, inputs).add_(block.mlp(x, inputs)))
 
 
 RunBlock = Callable[[Block, Tensor, Tensor | None, LayerCache, StepInputs], Tensor]

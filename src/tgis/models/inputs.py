@@ -21,6 +21,7 @@ class StepInputs:
     logits_index: Tensor  # int64 [N]: the tokens after which logits are wanted
     cos: Tensor | None  # float32 [T, rotary dim / 2]
     sin: Tensor | None
+    lora: Tensor | None = None  # int64 [T], as `lora.Adaptable` reads it; None: no adapters
 
     @property
     def only_decodes(self) -> bool:
@@ -60,6 +61,7 @@ class NewTokens:
         self._token_ids: list[int] = []
         self._positions: list[int] = []
         self._token_slot: list[int] = []
+        self._lora: list[int] = []
         self._slots: list[int] = []
         self._q_start = [0]
         self._kv_len: list[int] = []
@@ -72,12 +74,14 @@ class NewTokens:
         start: int,
         num_logits: int,
         prompt: Tensor | None = None,
+        lora: int = 0,
     ) -> None:
         """Tokens of one sequence at positions `start`, ...; logits after the last `num_logits`.
 
         Args:
             prompt: [n, hidden], the embeddings of the sequence's first n positions, if they are
                 those of a soft prompt.
+            lora: the address of the sequence's LoRA adapter; 0: it has none.
         """
         num_tokens = len(token_ids)
         if prompt is not None and start < len(prompt):
@@ -86,6 +90,7 @@ class NewTokens:
         self._token_ids += token_ids
         self._positions += range(start, start + num_tokens)
         self._token_slot += [slot] * num_tokens
+        self._lora += [lora] * num_tokens
         self._slots.append(slot)
         end = self._q_start[-1] + num_tokens
         self._q_start.append(end)
@@ -110,6 +115,7 @@ class NewTokens:
             logits_index=torch.tensor(self._logits_index, dtype=torch.int64),
             cos=cos,
             sin=sin,
+            lora=torch.tensor(self._lora, dtype=torch.int64) if any(self._lora) else None,
         )
 
 

@@ -72,7 +72,7 @@ class Adaptable:
         """
         y = self.layer(x)
         if lora is not None:
-            self._ops.add_(y, x.to(y.dtype), lora, self._site, self._widths)
+            self._ops.add_(y, x, lora, self._site, self._widths)
         return y
 
 
@@ -103,7 +103,7 @@ class LoraSites:
         """A layer that was loaded from `source`.
 
         Args:
-            dtype: of its output, if that is not the network's.
+            dtype: of its input, if that is not the network's.
         """
         for piece in source.pieces:
             self._know(Target(piece.name, *piece.shape), self._aliases(piece.name))
@@ -115,7 +115,7 @@ class LoraSites:
         """The layer from hidden to float32 logits, known by any of `names`."""
         (piece,) = source.pieces
         self._know(Target(piece.name, *piece.shape, sample=sample), (piece.name, *names))
-        return self._adaptable(layer, source, torch.float32)
+        return self._adaptable(layer, source, self._dtype)
 
     def embedding(self, name: str, shape: tuple[int, int], sample: Tensor) -> None:
         """The table [vocab, hidden] of all ranks; the first one adds to all of it."""

@@ -110,6 +110,12 @@ def test_a_row_does_not_depend_on_its_neighbours(
         torch.testing.assert_close(alone[0], together[row], rtol=0, atol=0)
 
 
+def test_float32_output(native: ModuleType, dtype: torch.dtype, generator: torch.Generator) -> None:
+    case = Case(generator, dtype, [(4,), (6,)], (50,), 24, [0, 1, -1, 1, 1])
+    case.y = case.y.float()
+    assert case.check().dtype == torch.float32
+
+
 def test_a_layer_that_is_not_adapted(
     native: ModuleType, dtype: torch.dtype, generator: torch.Generator
 ) -> None:

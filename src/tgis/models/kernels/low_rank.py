@@ -18,7 +18,7 @@ __all__ = ["Adapter", "Pair", "Site", "add_"]
 
 _PARTS = 3
 _OUTPUTS = 16  # the kernel reads so many at a time
-FIELDS = "ppp iii iii i"  # of the kernel's arguments
+FIELDS = "ppp iii iii ii"  # of the kernel's arguments
 _low_rank = _kernel("tgis_low_rank", FIELDS)
 
 
@@ -61,8 +61,10 @@ def _even(pair: Pair | None) -> Pair | None:
 def add_(y: Tensor, x: Tensor, rows: Tensor, site: int, widths: tuple[int, ...]) -> Tensor:
     """See `low_rank_reference.add_`."""
     num_rows, num_inputs = x.shape
+    if y.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"y must be {x.dtype} or float32, not {y.dtype}")
     _low_rank(
-        _like(y, "y", (num_rows, sum(widths)), x.dtype),
+        _like(y, "y", (num_rows, sum(widths)), y.dtype),
         _like(x, "x", (num_rows, num_inputs), x.dtype),
         _like(rows, "rows", (num_rows,), torch.int64),
         num_rows,
@@ -70,5 +72,6 @@ def add_(y: Tensor, x: Tensor, rows: Tensor, site: int, widths: tuple[int, ...])
         site,
         *chain(widths, [0] * (_PARTS - len(widths))),
         _flag(x, "x"),
+        _flag(y, "y"),
     )
     return y

@@ -59,7 +59,7 @@ def add_(y: Tensor, x: Tensor, rows: Tensor, site: int, widths: tuple[int, ...])
 
     Args:
         y: [T, sum of widths], the layer's output, changed in place.
-        x: [T, in], its input, of the same dtype.
+        x: [T, in], its input, of the same dtype (or y is float32).
         rows: int64 [T], the address of each row's adapter; 0: none.
         site: the layer's place in every adapter's list.
         widths: output features of each part.

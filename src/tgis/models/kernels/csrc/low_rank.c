@@ -24,7 +24,7 @@ struct low_rank_args {
   const int64_t *adapter;  // rows: the address of an adapter's sites, or 0
   int64_t rows, in, site;
   int64_t width[MAX_PARTS];
-  int64_t bf16;
+  int64_t bf16, y_bf16;  // x and weights; y
 };
 
 struct group {
@@ -131,7 +131,7 @@ INLINE void reduce(const struct low_rank_args *a, const struct group *g, void *t
 
 // Outputs `begin` .. of a part.
 INLINE void expand(const struct low_rank_args *a, const struct group *g, const void *t,
-                   int64_t most, int part, int64_t begin, int bf16) {
+                   int64_t most, int part, int64_t begin, int bf16, int y_bf16) {
   int64_t first_rank = 0, first = 0, width = 0;
   for (int p = 0; p < MAX_PARTS; p++) {
     width += a->width[p];
@@ -147,14 +147,14 @@ INLINE void expand(const struct low_rank_args *a, const struct group *g, const v
     multiply_any((const char *)g->site->b[part] + 4 * c, stride, g->site->rank[part], ranks_of,
                  g->n, bf16, sums);
     for (int64_t i = 0; i < g->n; i++) {
-      void *y = (char *)at(a->y, g->row[i] * width + first, bf16);
-      store_at(y, c, n, load_at(y, c, n, bf16) + sums[i], bf16);
+      void *y = (char *)at(a->y, g->row[i] * width + first, y_bf16);
+      store_at(y, c, n, load_at(y, c, n, y_bf16) + sums[i], y_bf16);
     }
   }
 }
 
 INLINE void run(const struct low_rank_args *a, const struct group *groups, int64_t count, void *t,
-                int64_t most, int bf16) {
+                int64_t most, int bf16, int y_bf16) {
   int64_t chunks[MAX_PARTS], all = 0;
   for (int p = 0; p < MAX_PARTS; p++) all += chunks[p] = (a->width[p] + CHUNK - 1) / CHUNK;
 #pragma omp parallel
@@ -167,7 +167,7 @@ INLINE void run(const struct low_rank_args *a, const struct group *groups, int64
       int64_t chunk = i % all;
       while (chunk >= chunks[part]) chunk -= chunks[part++];
       const struct group *g = &groups[i / all];
-      if (g->site->rank[part]) expand(a, g, t, most, part, chunk * CHUNK, bf16);
+      if (g->site->rank[part]) expand(a, g, t, most, part, chunk * CHUNK, bf16, y_bf16);
     }
   }
 }
@@ -180,10 +180,12 @@ EXPORT int tgis_low_rank(const struct low_rank_args *args) {
   const int64_t count = make_groups(&a, groups, &most);
   void *t = malloc(a.rows * most * 4 + 1);
   if (t && count) {
-    if (a.bf16)
-      run(&a, groups, count, t, most, 1);
+    if (!a.bf16)
+      run(&a, groups, count, t, most, 0, 0);
+    else if (a.y_bf16)
+      run(&a, groups, count, t, most, 1, 1);
     else
-      run(&a, groups, count, t, most, 0);
+      run(&a, groups, count, t, most, 1, 0);
   }
   free(groups);
   free(t);
