@@ -14,6 +14,7 @@ class Limits(msgspec.Struct, frozen=True):
 
     max_sequence_length: int
     max_new_tokens: int
+    max_prompt_length: int  # virtual tokens of a soft prompt
     notes: tuple[Note, ...]
 
 
@@ -46,7 +47,8 @@ def effective_limits(config: Config, files: ModelFiles) -> Limits:
         )
         notes.append(Note("warning", text))
     _check_prefix_length(config, length)
-    return Limits(length, new_tokens, tuple(notes))
+    prompt = config.max_prompt_prefix_length or -(-length // 2)
+    return Limits(length, new_tokens, prompt, tuple(notes))
 
 
 def _check_prefix_length(config: Config, max_sequence_length: int) -> None:

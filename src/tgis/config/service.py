@@ -30,8 +30,6 @@ LogLevel = Literal["trace", "debug", "info", "warning", "error", "off"]
 
 _LEVELS: dict[str, LogLevel] = {name: name for name in get_args(LogLevel)} | {"warn": "warning"}
 
-_NO_PROMPTS = "soft prompts are not supported by this version"
-
 
 def _log_level(text: str) -> LogLevel:
     """A level, also as the one without a target in a filter such as `info,tower=warn`."""
@@ -152,7 +150,6 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             "directory of soft prompts and adapters",
             aliases={"adapter_cache": ""},
             unset="requests cannot name any",
-            no_effect="soft prompts and adapters are not supported by this version",
         ),
     ] = None
     prompt_cache_size_mb: Annotated[
@@ -161,9 +158,16 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             PROMPTS,
             "MiB for loaded soft prompts",
             check=between(0, 10**6, noun="an integer"),
-            no_effect=_NO_PROMPTS,
         ),
     ] = 512
+    lora_cache_size_mb: Annotated[
+        int,
+        Setting(
+            PROMPTS,
+            "MiB for loaded LoRA adapters",
+            check=between(0, 10**6, noun="an integer"),
+        ),
+    ] = 1024
     max_prompt_prefix_length: Annotated[
         int | None,
         Setting(
@@ -172,7 +176,6 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             kind=KINDS[int]._replace(text="Invalid value for MAX_PROMPT_PREFIX_LENGTH"),
             check=at_least(1, "Invalid value for MAX_PROMPT_PREFIX_LENGTH"),
             unset="half of max_sequence_length",
-            no_effect=_NO_PROMPTS,
         ),
     ] = None
 

@@ -5,8 +5,13 @@ from collections.abc import Callable
 
 import torch
 
-from tgis.config import effective_limits
+from tgis.adapters.load import Rules
+from tgis.adapters.lora import LoraRules
+from tgis.adapters.prompts import PromptRules
+from tgis.adapters.store import Store
+from tgis.config import Config, effective_limits
 from tgis.control import Boot
+from tgis.core.adapters import Adapters
 from tgis.core.link import FrontLink
 from tgis.core.loop import Core, Pulse
 from tgis.core.pool import make_pool
@@ -19,7 +24,7 @@ from tgis.engines.registry import load_engine
 from tgis.engines.threads import choose_threads
 from tgis.errors import ModelError
 from tgis.sampling import Sampler
-from tgis.types import ModelFiles, ModelInfo, ModelKind
+from tgis.types import AdapterKind, ModelFiles, ModelInfo, ModelKind
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +74,51 @@ def assemble(
         kv_tokens=pool.memory.total,
         max_running=pool.max_running,
     )
-    return Core(engine, sampler, scheduler, link, pulse, opening=_opening(files)), model
+    core = Core(
+        engine,
+        sampler,
+        scheduler,
+        link,
+        pulse,
+        opening=_opening(files),
+        adapters=_adapters(config, limits.max_prompt_length, engine, link),
+        pad_id=_pad_id(files, engine.caps.vocab_size),
+    )
+    return core, model
+
+
+def _pad_id(files: ModelFiles, vocab_size: int) -> int:
+    pad = files.pad_token_id
+    return pad if pad is not None and 0 <= pad < vocab_size else 0
+
+
+def _adapters(
+    config: Config, max_prompt_length: int, engine: Engine, link: FrontLink
+) -> Adapters | None:
+    if not config.prefix_store_path:
+        return None
+    limits = {
+        AdapterKind.PROMPT: config.prompt_cache_size_mb << 20,
+        AdapterKind.LORA: config.lora_cache_size_mb << 20,
+    }
+    rules = adapter_rules(engine, max_prompt_length, limits[AdapterKind.LORA])
+    if rules.prompt is None:
+        log.warning(
+            "Could not find input embedding layer for model - prompt prefixes disabled",
+        )
+    return Adapters(Store(config.prefix_store_path), rules, limits, engine, link)
+
+
+def adapter_rules(engine: Engine, max_prompt_length: int, lora_limit: int) -> Rules:
+    """What adapters of this engine's model must fit."""
+    caps = engine.caps
+    dtype: torch.dtype = getattr(torch, caps.dtype)
+    prompt = lora = None
+    if caps.soft_prompt_size is not None:
+        prompt = PromptRules(caps.kind, caps.soft_prompt_size, dtype, max_prompt_length)
+    if caps.lora_targets is not None:
+        lora = LoraRules(caps.lora_targets, dtype, lora_limit)
+    return Rules(prompt, lora)
 
 
 def _opening(files: ModelFiles) -> Opening:

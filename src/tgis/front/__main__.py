@@ -17,6 +17,7 @@ from tgis.control import Alive, Boot, Channel, Drain, Fatal, Serving, ToChild, o
 from tgis.errors import StartupError
 from tgis.front import auth, http_api
 from tgis.front.accounts import Accounts
+from tgis.front.adapters import Adapters
 from tgis.front.grpc_api import GenerationService
 from tgis.front.grpc_server import GENERATION_SERVICE, GrpcServer
 from tgis.front.health import Health, State
@@ -95,8 +96,18 @@ class Front:
         self.doubt = Doubt(self.probe, self.health)
         self.streams.on_failure = self.doubt.rise
         accounts = Accounts(self.metrics, log_prompts=config.log_prompts, tracing=self.tracing)
-        intake = Intake(tokenizer, limits, config.max_concurrent_requests, self.metrics)
-        service = GenerationService(intake, self.streams, tokenizer, accounts, files.kind, limits)
+        adapters = Adapters(self.link, self.metrics, enabled=bool(config.prefix_store_path))
+        intake = Intake(tokenizer, adapters, limits, config.max_concurrent_requests, self.metrics)
+        service = GenerationService(
+            intake,
+            adapters,
+            self.streams,
+            tokenizer,
+            accounts,
+            files.kind,
+            limits,
+            files.pad_token_id,
+        )
         self.server = GrpcServer(config, lambda: self.health.is_ready, self._interceptors(config))
         self.server.add_service(GENERATION_SERVICE, service)
 

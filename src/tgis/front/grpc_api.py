@@ -11,7 +11,8 @@ from contextlib import ExitStack
 
 from tgis.errors import InvalidRequest
 from tgis.front.accounts import Accounts, Call, Output
-from tgis.front.intake import Input, Intake, refuse_adapters
+from tgis.front.adapters import Adapters
+from tgis.front.intake import Input, Intake
 from tgis.front.params import Limits
 from tgis.front.rpc import Context
 from tgis.front.streams import Answer, Piece, Stream, Streams
@@ -28,13 +29,17 @@ class GenerationService:
     def __init__(
         self,
         intake: Intake,
+        adapters: Adapters,
         streams: Streams,
         tokenizer: TextTokenizer,
         accounts: Accounts,
         kind: ModelKind,
         limits: Limits,
+        pad_id: int | None,
     ) -> None:
         self._intake = intake
+        self._adapters = adapters
+        self._pad_id = pad_id
         self._streams = streams
         self._tokenizer = tokenizer
         self._accounts = accounts
@@ -51,7 +56,7 @@ class GenerationService:
             if not texts:
                 return pb.BatchedGenerationResponse()
             with self._intake.permits(len(texts)), ExitStack() as stack:
-                inputs = await self._intake.accept(texts, request, call.arrival)
+                inputs = await self._intake.accept(texts, request, call.arrival, stack)
                 call.validated = time.monotonic()
                 streams = [stack.enter_context(self._streams.open(item.job)) for item in inputs]
                 outputs = call.accepted(streams)
@@ -71,10 +76,11 @@ class GenerationService:
         with (
             self._accounts.call("stream", texts, request, context) as call,
             self._intake.permits(1),
+            ExitStack() as stack,
         ):
             if not request.HasField("request"):
                 raise InvalidRequest("missing request")
-            (item,) = await self._intake.accept(texts, request, call.arrival)
+            (item,) = await self._intake.accept(texts, request, call.arrival, stack)
             call.validated = time.monotonic()
             with self._streams.open(item.job) as stream:
                 (output,) = call.accepted([stream])
@@ -85,7 +91,8 @@ class GenerationService:
         self, request: pb.BatchedTokenizeRequest, context: Context
     ) -> pb.BatchedTokenizeResponse:
         """Token counts, and token strings and byte offsets on request."""
-        refuse_adapters(request)
+        with await self._adapters.lease(request):
+            pass  # nothing of it is needed, but it must be there
         with self._accounts.tokenize(len(request.requests)) as note:
             results = await asyncio.gather(
                 *(
@@ -194,16 +201,21 @@ class GenerationService:
         )
 
     def _input_tokens(self, item: Input, stream: Stream) -> list[pb.TokenInfo]:
-        """One entry per input token; of the first nothing was predicted, by an encoder of none."""
+        """One entry per input token; of the first nothing was predicted, by an encoder of none.
+
+        The tokens of a soft prompt come first, as pads.
+        """
         if not item.params.details.input:
             return []
+        pads = [-1 if self._pad_id is None else self._pad_id] * item.num_virtual
+        token_ids = [*pads, *item.job.token_ids]
         unknown = TokenDetails(logprob=math.nan if item.params.details.logprobs else 0.0)
         if self._kind is ModelKind.ENCODER_DECODER:
-            return [self._token_info(token_id, unknown) for token_id in item.job.token_ids]
-        rest = stream.input_details or [_NO_DETAILS] * (item.num_tokens - 1)
+            return [self._token_info(token_id, unknown) for token_id in token_ids]
+        rest = stream.input_details or [_NO_DETAILS] * (len(token_ids) - 1)
         return [
             self._token_info(token_id, details)
-            for token_id, details in zip(item.job.token_ids, [unknown, *rest], strict=True)
+            for token_id, details in zip(token_ids, [unknown, *rest], strict=True)
         ]
 
 

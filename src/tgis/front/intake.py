@@ -5,12 +5,13 @@ import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import msgspec
 
 from tgis.errors import InvalidRequest, Overloaded
+from tgis.front.adapters import Adapters, Lease
 from tgis.front.params import Limits, Params
 from tgis.front.streams import Job
 from tgis.front.tokenize import TextTokenizer
@@ -28,6 +29,7 @@ class Input:
     job: Job
     params: Params
     text: str
+    num_virtual: int = 0  # tokens of a soft prompt before it
 
     @property
     def num_tokens(self) -> int:
@@ -48,9 +50,15 @@ class Intake:
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, limits: Limits, max_concurrent: int, metrics: Metrics
+        self,
+        tokenizer: TextTokenizer,
+        adapters: Adapters,
+        limits: Limits,
+        max_concurrent: int,
+        metrics: Metrics,
     ) -> None:
         self._tokenizer = tokenizer
+        self._adapters = adapters
         self._limits = limits
         self._max_concurrent = max_concurrent
         self._num_admitted = 0
@@ -72,14 +80,19 @@ class Intake:
         finally:
             self._num_admitted -= count
 
-    async def accept(self, texts: Sequence[str], request: Request, arrival: float) -> list[Input]:
+    async def accept(
+        self, texts: Sequence[str], request: Request, arrival: float, stack: ExitStack
+    ) -> list[Input]:
         """Validate one request, in the order of the TGIS api.
+
+        Args:
+            stack: what the request holds until its end is put here.
 
         Raises:
             InvalidRequest: the first rule that it breaks.
         """
         try:
-            inputs = await self._accept(texts, request, arrival)
+            inputs = await self._accept(texts, request, arrival, stack)
         except InvalidRequest:
             self._metrics.count("tgi_request_failure", err="validation")
             raise
@@ -90,21 +103,23 @@ class Intake:
             self._metrics.observe("tgi_request_input_length", item.num_tokens)
         return inputs
 
-    async def _accept(self, texts: Sequence[str], request: Request, arrival: float) -> list[Input]:
+    async def _accept(
+        self, texts: Sequence[str], request: Request, arrival: float, stack: ExitStack
+    ) -> list[Input]:
         params = validate(request.params if request.HasField("params") else None, self._limits)
-        refuse_adapters(request)
+        lease = stack.enter_context(await self._adapters.lease(request))
         encodings = await asyncio.gather(
             *(self._tokenizer.encode(text, params.truncate_input_tokens) for text in texts)
         )
         for encoding in encodings:
             self._metrics.observe("tgi_request_raw_input_length", encoding.num_raw_tokens)
         return [
-            Input(self._job(encoding.ids, params, arrival), params, text)
+            Input(self._job(encoding.ids, params, arrival, lease), params, text, lease.num_virtual)
             for encoding, text in zip(encodings, texts, strict=True)
         ]
 
-    def _job(self, token_ids: list[int], params: Params, arrival: float) -> Job:
-        length = fit_length(len(token_ids), 0, params, self._limits)
+    def _job(self, token_ids: list[int], params: Params, arrival: float, lease: Lease) -> Job:
+        length = fit_length(len(token_ids), lease.length, params, self._limits)
         sampling = params.sampling
         if sampling.do_sample and params.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(32))
@@ -117,16 +132,6 @@ class Intake:
             stop_sequences=params.stop_sequences,
             include_stop_sequence=params.include_stop_sequence,
             arrival=arrival,
+            adapter=lease.handle,
             deadline=math.inf if params.time_limit is None else arrival + params.time_limit,
-        )
-
-
-def refuse_adapters(request: Request | pb.BatchedTokenizeRequest) -> None:
-    """Adapters and prompt prefixes are refused as long as no store is configured."""
-    if request.adapter_id:
-        raise InvalidRequest("adapter_id supplied but no adapter store was configured")
-    if request.prefix_id:
-        raise InvalidRequest(
-            f"can't retrieve prompt prefix with id '{request.prefix_id}': "
-            "prompt prefixes are not enabled on this server"
         )

@@ -19,11 +19,16 @@ from tgis.wire import (
     Beat,
     Decoder,
     Failed,
+    Found,
     Gauges,
     Loading,
+    Lookup,
+    NotFound,
     Out,
     Ready,
+    ToCore,
     ToFront,
+    Unpin,
     encode,
 )
 
@@ -46,6 +51,16 @@ class CoreListener(Protocol):
 
     def on_lost(self) -> None:
         """The core is gone, and every open sequence with it."""
+
+
+class LookupListener(Protocol):
+    """Who is told of adapters."""
+
+    def on_answer(self, answer: Found | NotFound) -> None:
+        """The core has looked an adapter up."""
+
+    def on_lost(self) -> None:
+        """The core is gone, and what it had loaded."""
 
 
 class _Wire(asyncio.Protocol):
@@ -74,6 +89,7 @@ class CoreLink:
     def __init__(self, path: Path, listener: CoreListener) -> None:
         self._path = path
         self._listener = listener
+        self.lookups: LookupListener | None = None
         self._transport: asyncio.Transport | None = None
         self.model: ModelInfo | None = None
         self.loading = Loading(0, 0)
@@ -108,6 +124,8 @@ class CoreLink:
                 # A dying core's socket may still take a connection, which then ends unheard.
                 if wire.has_spoken:
                     self._listener.on_lost()
+                    if self.lookups is not None:
+                        self.lookups.on_lost()
 
     def add(self, request: Add) -> None:
         """Hand a sequence to the core.
@@ -115,14 +133,30 @@ class CoreLink:
         Raises:
             Unavailable: there is no core that can serve.
         """
-        if self._transport is None or self.model is None:
-            raise Unavailable("The model is not ready to serve requests")
-        self._transport.write(encode(request))
+        self._ask(request)
+
+    def lookup(self, request: Lookup) -> None:
+        """Ask the core for an adapter; the answer comes to `lookups`.
+
+        Raises:
+            Unavailable: there is no core that can serve.
+        """
+        self._ask(request)
+
+    def unpin(self, handle: int) -> None:
+        """Tell the core that an adapter that it found is not needed any more."""
+        if self._transport is not None:
+            self._transport.write(encode(Unpin(handle)))
 
     def abort(self, seq_ids: Sequence[int]) -> None:
         """Ask the core to forget sequences."""
         if self._transport is not None:
             self._transport.write(encode(Abort(list(seq_ids))))
+
+    def _ask(self, message: ToCore) -> None:
+        if self._transport is None or self.model is None:
+            raise Unavailable("The model is not ready to serve requests")
+        self._transport.write(encode(message))
 
     def _on_message(self, message: ToFront) -> None:
         self.last_heard = time.monotonic()
@@ -132,6 +166,9 @@ class CoreLink:
                 self._listener.on_out(message)
             case Failed():
                 self._listener.on_failed(message)
+            case Found() | NotFound():
+                if self.lookups is not None:
+                    self.lookups.on_answer(message)
             case Beat():
                 self.gauges, self.busy_for = message.gauges, message.busy_for
                 self._listener.on_gauges(message.gauges)

@@ -28,6 +28,7 @@ _FAILURES: dict[FailureKind, type[RequestError]] = {
     FailureKind.GENERATION: GenerationFailed,
     FailureKind.OUT_OF_MEMORY: OutOfMemory,
     FailureKind.INVALID: InvalidRequest,
+    FailureKind.UNAVAILABLE: Unavailable,
 }
 
 
@@ -43,6 +44,7 @@ class Job:
     stop_sequences: tuple[str, ...]
     include_stop_sequence: bool
     arrival: float  # CLOCK_MONOTONIC seconds, as all times here
+    adapter: int = 0  # handle of a lease that outlives the stream; 0 = none
     deadline: float = math.inf
     measured: bool = True  # False: a test of our own, which metrics leave out
 
@@ -233,6 +235,7 @@ class Streams:
                     job.max_new_tokens,
                     job.deadline,
                     job.arrival,
+                    job.adapter,
                 )
             )
         except Unavailable:
@@ -274,7 +277,7 @@ class Streams:
 
     def on_failed(self, failed: Failed) -> None:
         """End one stream with an error."""
-        if failed.kind is not FailureKind.INVALID:
+        if failed.kind not in (FailureKind.INVALID, FailureKind.UNAVAILABLE):
             self.on_failure()
         if stream := self._streams.pop(failed.seq_id, None):
             stream.fail(_FAILURES[failed.kind](_failure_text(stream, failed.message)))

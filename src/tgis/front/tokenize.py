@@ -133,7 +133,7 @@ class TextTokenizer:
 
     def token_string(self, token_id: int) -> str:
         """Return a token as the vocabulary spells it, "" if there is none with this id."""
-        return self.raw.id_to_token(token_id) or ""
+        return (self.raw.id_to_token(token_id) or "") if token_id >= 0 else ""
 
     async def _in_thread(self, work: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)

@@ -60,9 +60,11 @@ TABLE: tuple[Spec, ...] = (
     Spec("tgi_request_total_tokens", "sequence", "Input and generated tokens per input"),
     Spec("tgi_request_time_to_first_token_duration", "duration", "Seconds to the first token"),
     Spec("tgi_request_inter_token_duration", "duration", "Seconds between tokens of an input"),
-    # Soft prompts
+    # Soft prompts and LoRA
     Spec("tgi_prompt_load_failure", "counter", "Soft prompts that could not be loaded"),
     Spec("tgi_prompt_load_duration", "duration", "Seconds to load a soft prompt"),
+    Spec("tgi_lora_load_failure", "counter", "LoRA adapters that could not be loaded"),
+    Spec("tgi_lora_load_duration", "duration", "Seconds to load a LoRA adapter"),
     # Tokenize
     Spec("tgi_tokenize_request_count", "counter", "Tokenize calls"),
     Spec("tgi_tokenize_request_input_count", "counter", "Texts of Tokenize calls"),
