@@ -41,8 +41,8 @@ Other packages add engines through the entry point group `tgis.engines`. Quantis
 ## Native families
 
 Every shape below is a tiny random checkpoint that the tests compare with Transformers in float32:
-logits within 1e-4 alone, in mixed batches, in chunks and cached, greedy tokens over 60 steps or
-more, and bfloat16 within its own rounding (`tests/models`, `tests/engines/test_native_seq2seq.py`).
+logits within 1e-4 alone, in mixed batches, in chunks and cached, greedy tokens over 64 steps,
+and bfloat16 within its own rounding (`tests/models`, `tests/engines/test_native_seq2seq.py`).
 """
 GENERAL = """
 ## Transformers engine
