@@ -13,6 +13,7 @@ from tgis.adapters.prompts import SoftPrompt
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
 from tgis.engines.host_memory import trim
+from tgis.engines.huge_pages import use_huge_pages
 from tgis.engines.plan import StepPlan
 from tgis.errors import ConfigError
 from tgis.hub.safetensors import Progress, open_checkpoint
@@ -68,6 +69,7 @@ def load(
     finally:
         checkpoint.close()
         trim()
+        use_huge_pages()
 
 
 class NativeEngine:

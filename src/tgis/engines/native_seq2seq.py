@@ -11,6 +11,7 @@ from torch import Tensor
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
 from tgis.engines.host_memory import trim
+from tgis.engines.huge_pages import use_huge_pages
 from tgis.engines.plan import Row, StepPlan
 from tgis.hub.safetensors import Progress, open_checkpoint
 from tgis.models import kernels
@@ -62,6 +63,7 @@ def load(
     finally:
         checkpoint.close()
         trim()
+        use_huge_pages()
 
 
 class NativeSeq2SeqEngine:
