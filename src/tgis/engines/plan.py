@@ -23,8 +23,9 @@ class Row:
     want: Want
     block_table: list[int] = field(default_factory=list)  # its blocks (`blocks` layout)
     encoder_ids: list[int] | None = None  # what an encoder is to read before, if anything
-    # Handles of adapters that have been attached; 0 = none. The first positions of a row with a soft
-    # prompt (and of what its encoder reads) take their embeddings from it; their ids mean nothing.
+    # Handles of adapters that have been attached; 0 = none. The first positions of a row with a
+    # soft prompt (and of what its encoder reads) take their embeddings from it; their ids mean
+    # nothing.
     prompt: int = 0
     lora: int = 0
 

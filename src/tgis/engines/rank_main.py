@@ -20,10 +20,12 @@ from tgis.engines.rank_process import is_spread, num_ranks_here
 from tgis.engines.rank_wire import (
     Allocate,
     Allocated,
+    Attach,
     Beat,
     Broken,
     Connect,
     Connected,
+    Detach,
     Loaded,
     Release,
     Step,
@@ -133,12 +135,25 @@ def _obey(leader: Channel[ToRank], heart: Heart, engine: "Engine", group: "Group
                         log.exception("this rank's part of a step failed")
                 case Release():
                     engine.release(message.slots)
+                case Attach():
+                    _attach(engine, message)
+                case Detach():
+                    engine.detach(message.handle)
                 case Allocate():
                     engine.allocate(message.shape)
                     heart.say(leader, Allocated())
                 case Connect():
                     group.connect(*meet(message))
                     heart.say(leader, Connected())
+
+
+def _attach(engine: "Engine", message: Attach) -> None:
+    from tgis.adapters.packed import Packed, unpack
+
+    try:
+        engine.attach(message.handle, unpack(Packed(message.kind, message.data)))
+    except Exception:  # the steps that name it will say so
+        log.exception("this rank has not got adapter %d", message.handle)
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
 """What the leader of a sharded model and its ranks say to each other; framed as in `tgis.wire`.
 
     leader -> rank   Boot (to those it starts) or Welcome (to those that join), Connect, Allocate,
-                     then Step and Release in any order
+                     then Step, Release, Attach and Detach in any order
     rank -> leader   Hello (of those that join), Beat at any time, Loaded, Connected, Allocated;
                      Fatal and Broken when it cannot go on
 
-Tensors never travel here: collectives carry those.
+Tensors of steps never travel here: collectives carry those.
 """
 
 import msgspec
@@ -13,6 +13,7 @@ import msgspec
 from tgis.control import Boot, Fatal
 from tgis.engines.base import CacheShape
 from tgis.engines.plan import StepPlan
+from tgis.types import AdapterKind
 
 
 class Hello(msgspec.Struct, frozen=True, tag=10):
@@ -75,11 +76,25 @@ class Release(msgspec.Struct, frozen=True, tag=19):
     slots: list[int]
 
 
+class Attach(msgspec.Struct, frozen=True, tag=21):
+    """An adapter that later steps name; all of it, of which each rank takes its part."""
+
+    handle: int
+    kind: AdapterKind
+    data: bytes
+
+
+class Detach(msgspec.Struct, frozen=True, tag=22):
+    """No later step names this adapter."""
+
+    handle: int
+
+
 class Broken(msgspec.Struct, frozen=True, tag=20):
     """The rank cannot reach another one."""
 
     message: str
 
 
-ToRank = Boot | Welcome | Fatal | Connect | Allocate | Step | Release
+ToRank = Boot | Welcome | Fatal | Connect | Allocate | Step | Release | Attach | Detach
 ToLeader = Hello | Beat | Loaded | Connected | Allocated | Broken | Fatal

@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from tgis.adapters.load import Adapter
+from tgis.adapters.packed import pack
 from tgis.config import Config
 from tgis.engines import rendezvous
 from tgis.engines.base import CacheShape, Engine
@@ -19,7 +21,9 @@ from tgis.engines.rank_watch import Watch, collective_timeout
 from tgis.engines.rank_wire import (
     Allocate,
     Allocated,
+    Attach,
     Connected,
+    Detach,
     Loaded,
     Release,
     Step,
@@ -113,6 +117,16 @@ class ShardedEngine:
             return self._engine.forward(plan)
         except GroupError as error:
             self._watch.lost(error)
+
+    def attach(self, handle: int, adapter: Adapter) -> None:
+        """See `Engine.attach`. A rank that has no memory for it fails in the steps that name it."""
+        self._engine.attach(handle, adapter)
+        self._tell(Attach(handle, *pack(adapter)))
+
+    def detach(self, handle: int) -> None:
+        """See `Engine.detach`."""
+        self._tell(Detach(handle))
+        self._engine.detach(handle)
 
     def release(self, slots: Sequence[int]) -> None:
         """See `Engine.release`."""
