@@ -21,6 +21,7 @@ from tgis.wire import (
     Failed,
     Found,
     Gauges,
+    Hold,
     Loading,
     Lookup,
     NotFound,
@@ -152,6 +153,11 @@ class CoreLink:
         """Ask the core to forget sequences."""
         if self._transport is not None:
             self._transport.write(encode(Abort(list(seq_ids))))
+
+    def hold(self, seq_id: int, held: bool) -> None:
+        """Ask the core to compute nothing more of a sequence for now, or to go on."""
+        if self._transport is not None:
+            self._transport.write(encode(Hold(seq_id, held)))
 
     def _ask(self, message: ToCore) -> None:
         if self._transport is None or self.model is None:

@@ -24,6 +24,11 @@ from tgis.wire import Add, Failed, FailureKind, Gauges, Out, SchedulerCounts, St
 
 log = logging.getLogger(__name__)
 
+# Of what a client has not read yet; beyond it, generation waits for the client.
+_MOST_UNREAD_BYTES = 16 * 1024
+_PIECE_BYTES = 400  # of a token in a list, roughly, and ...
+_TOP_TOKEN_BYTES = 120  # ... of each alternative to it
+
 _FAILURES: dict[FailureKind, type[RequestError]] = {
     FailureKind.GENERATION: GenerationFailed,
     FailureKind.OUT_OF_MEMORY: OutOfMemory,
@@ -46,6 +51,7 @@ class Job:
     arrival: float  # CLOCK_MONOTONIC seconds, as all times here
     adapter: int = 0  # handle of a lease that outlives the stream; 0 = none
     deadline: float = math.inf
+    tenant: bytes = b""  # who shares the engine fairly with others
     measured: bool = True  # False: a test of our own, which metrics leave out
 
 
@@ -95,6 +101,8 @@ class Stream:
         self._streams = streams
         self.num_generated = 0
         self._pieces: list[Piece] = []
+        self._unread_bytes = 0  # of `_pieces`, roughly
+        self._held = False
         self._error: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._collecting = False
@@ -117,6 +125,9 @@ class Stream:
         if self._error is not None and not self._pieces:
             raise self._error
         pieces, self._pieces = self._pieces, []
+        self._unread_bytes = 0
+        if self._held and not self.finished:
+            self._hold(False)
         return pieces
 
     async def collect(self) -> Answer:
@@ -165,8 +176,23 @@ class Stream:
         if self._pieces and not self.job.details.output:
             piece.text = self._pieces.pop().text + piece.text
         self._pieces.append(piece)
+        if not self._collecting:
+            self._note_unread(piece)
         if self._has_news():
             self._wake()
+
+    def _note_unread(self, piece: Piece) -> None:
+        """Text is merged and stays small; it is lists of tokens that fill memory."""
+        if piece.token is not None:
+            details = piece.token.details
+            num_top = len(details.top) if details is not None else 0
+            self._unread_bytes += _PIECE_BYTES + num_top * _TOP_TOKEN_BYTES
+            if self._unread_bytes > _MOST_UNREAD_BYTES and not self._held and not self.finished:
+                self._hold(True)
+
+    def _hold(self, held: bool) -> None:
+        self._held = held
+        self._streams.link.hold(self.seq_id, held)
 
     def _has_news(self) -> bool:
         if self.finished:
@@ -236,6 +262,7 @@ class Streams:
                     job.deadline,
                     job.arrival,
                     job.adapter,
+                    job.tenant,
                 )
             )
         except Unavailable:
