@@ -12,7 +12,7 @@ from tgis.types import AdapterKind
 # Options that say nothing about how an adapter is applied, or nothing that its tensors do not say.
 _INERT = frozenset(
     (
-        *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying"),
+        *("auto_mapping", "base_model_name_or_path", "corda_config"),
         *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern"),
         *("layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config"),
         *("megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size"),
