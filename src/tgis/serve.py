@@ -107,11 +107,18 @@ class Supervisor:
     Args:
         boot: what the children are told.
         modules: the children; all but the front are replaced when they die.
+        on_serving: told whenever requests are answered from then on.
     """
 
-    def __init__(self, boot: Boot, modules: Sequence[str] = ("tgis.front", "tgis.core")) -> None:
+    def __init__(
+        self,
+        boot: Boot,
+        modules: Sequence[str] = ("tgis.front", "tgis.core"),
+        on_serving: Callable[[Serving], None] = lambda _: None,
+    ) -> None:
         self._boot = boot
         self._modules = modules
+        self._on_serving = on_serving
         self._config = boot.config
         self._selector = selectors.DefaultSelector()
         self._children: dict[str, _Child] = {}
@@ -175,6 +182,7 @@ class Supervisor:
                     child.fatal = message
                 case Serving():
                     self._announce(message)
+                    self._on_serving(message)
 
     def _announce(self, serving: Serving) -> None:
         model, host = serving.model, self._config.host
@@ -302,8 +310,11 @@ def _own_command() -> str:
     return "tgis" if shutil.which("tgis") else str(Path(sys.executable).with_name("tgis"))
 
 
-def run(config: Config) -> int:
+def run(config: Config, on_serving: Callable[[Serving], None] = lambda _: None) -> int:
     """Serve one model; returns the exit code.
+
+    Args:
+        on_serving: told whenever requests are answered from then on.
 
     Raises:
         StartupError: the server cannot run; one line for the operator.
@@ -325,4 +336,4 @@ def run(config: Config) -> int:
             Path(files.path), Path(directory), config.trust_remote_code
         )
         boot = Boot(config, files, str(tokenizer), str(Path(directory) / "core.sock"))
-        return Supervisor(boot).run()
+        return Supervisor(boot, on_serving=on_serving).run()

@@ -26,6 +26,7 @@ COMMANDS = {
     "serve": Command("serve a model over gRPC and HTTP", "tgis.cli.main:_serve"),
     "generate": Command("generate text with a running server", "tgis.cli.client:add_parsers"),
     "chat": Command("talk to a running server", "tgis.cli.client:add_parsers"),
+    "batch": Command("answer a whole file of prompts", "tgis.cli.batch:batch"),
     "health": Command("ask a running server how it is", "tgis.cli.client:add_parsers"),
 }
 
@@ -76,6 +77,10 @@ def _serve(words: Sequence[str]) -> int:
     from tgis.cli.serve import serve
     from tgis.config import SERVE
 
+    if any(word.startswith("--ray") for word in words):
+        from tgis.cli.ray import serve_on_ray
+
+        return serve_on_ray(words)
     return serve(words, SERVE)
 
 

@@ -1,0 +1,1 @@
+"""Offline inference: a file of prompts in, a directory of answers out."""

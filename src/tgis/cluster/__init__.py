@@ -1,0 +1,1 @@
+"""Many replicas on a Ray cluster, behind Ray Serve's proxies."""
