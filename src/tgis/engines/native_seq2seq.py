@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgis.adapters.load import Adapter
+from tgis.adapters.prompts import SoftPrompt
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
 from tgis.engines.host_memory import trim
@@ -20,7 +22,7 @@ from tgis.models.families.t5 import read_seq2seq_spec
 from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.model_config import ModelConfig
-from tgis.models.packing import choose_packing
+from tgis.models.packing import read_packing
 from tgis.models.seq2seq import Caches, Seq2Seq
 from tgis.models.seq2seq_weights import Seq2SeqWeights
 from tgis.types import ModelKind
@@ -35,6 +37,7 @@ def load(
     progress: Progress | None = None,
     group: Group | None = None,
     quantize: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> "NativeSeq2SeqEngine":
     """Load an encoder-decoder model of a known family.
 
@@ -45,19 +48,20 @@ def load(
         progress: told of bytes loaded and bytes in all.
         group: the ranks among which the model is split; None = it is not.
         quantize: `QUANTIZE`, how weights are quantised that are stored as floats.
+        quantization: how the stored weights are quantised; what `config` says of it unless given.
 
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
         ConfigError: weights cannot be quantised so.
     """
     log.info("%s", kernels.describe())
-    packing = choose_packing(quantize, dtype)
     model_config = ModelConfig(config)
-    model_config.require("quantization_config", None)
     spec = read_seq2seq_spec(model_config)
     checkpoint = open_checkpoint(model_dir, progress)
     group = group or Group()
     try:
+        quantization = quantization or config.get("quantization_config")
+        packing = read_packing(quantize, dtype, checkpoint, quantization)
         weights = Seq2SeqWeights(checkpoint, spec, group.shard, dtype, packing)
         return NativeSeq2SeqEngine(Seq2Seq(spec, weights, group, dtype))
     finally:
@@ -77,6 +81,7 @@ class NativeSeq2SeqEngine:
         self._network = network
         self._caches: Caches | None = None
         self._encoder_len: dict[int, int] = {}  # by slot
+        self._prompts: dict[int, SoftPrompt] = {}  # by handle
         self.caps = EngineCaps(
             name="tgis_native",
             kind=ModelKind.ENCODER_DECODER,
@@ -91,6 +96,7 @@ class NativeSeq2SeqEngine:
             * network.dtype.itemsize,
             dtype=str(network.dtype).removeprefix("torch."),
             kv_granule=page_tokens(spec.head_dim, network.dtype),
+            soft_prompt_size=spec.hidden_size,
         )
 
     def allocate(self, shape: CacheShape) -> None:
@@ -110,10 +116,21 @@ class NativeSeq2SeqEngine:
             self._encode(new, self._caches)
             tokens = NewTokens()
             for row in plan.rows:
-                tokens.add(row.slot, row.token_ids, row.start, row.num_logits)
+                prompt = self._prompts[row.prompt].decoder if row.prompt else None
+                tokens.add(row.slot, row.token_ids, row.start, row.num_logits, prompt)
             lengths = [self._encoder_len[row.slot] for row in plan.rows]
             encoder_len = torch.tensor(lengths, dtype=torch.int32)
-            return self._network.decode(tokens.inputs(None), encoder_len, self._caches)
+            inputs = tokens.inputs(None)
+            return self._network.decode(inputs, encoder_len, self._caches, tokens.splices)
+
+    def attach(self, handle: int, adapter: Adapter) -> None:
+        """See `Engine.attach`."""
+        assert isinstance(adapter, SoftPrompt), "caps say that there is nothing else"
+        self._prompts[handle] = adapter
+
+    def detach(self, handle: int) -> None:
+        """See `Engine.detach`."""
+        self._prompts.pop(handle, None)
 
     def release(self, slots: Sequence[int]) -> None:
         """See `Engine.release`."""
@@ -129,7 +146,8 @@ class NativeSeq2SeqEngine:
         if not rows:
             return
         inputs = [row.encoder_ids or [] for row in rows]
-        self._network.encode([row.slot for row in rows], inputs, caches)
+        prompts = [self._prompts[row.prompt].encoder if row.prompt else None for row in rows]
+        self._network.encode([row.slot for row in rows], inputs, caches, prompts)
         self._encoder_len |= {row.slot: len(ids) for row, ids in zip(rows, inputs, strict=True)}
 
     def _rows(self, shape: CacheShape) -> RowsCache:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tgis.models.attention.rows import operators
 from tgis.models.collectives import Exchange, Group
-from tgis.models.inputs import NewTokens, StepInputs
+from tgis.models.inputs import NewTokens, Splice, StepInputs, splice
 from tgis.models.kv_cache import LayerCache, RowsCache
 from tgis.models.parallel import VocabularyTable
 from tgis.models.relative_bias import bias_table
@@ -74,8 +74,8 @@ class Seq2Seq:
         self.group = group
         self._ops = operators(dtype)
         embedding = weights.embedding()
-        self._embedding = VocabularyTable(embedding, group.shard, spec.vocab_size)
-        self._head = weights.head(embedding)
+        self._embedding = VocabularyTable(embedding, group.shard, spec.vocab_size, dtype)
+        self._head = weights.head()
         self._encoder = [
             _load_block(weights, f"encoder.block.{i}") for i in range(spec.num_encoder_layers)
         ]
@@ -90,29 +90,47 @@ class Seq2Seq:
         self.num_heads = len(self._encoder_bias)  # of this rank
         weights.finish()
 
-    def encode(self, slots: Sequence[int], inputs: Sequence[Sequence[int]], caches: Caches) -> None:
-        """Read whole inputs and keep what the decoder will want of each in its slot."""
+    def encode(
+        self,
+        slots: Sequence[int],
+        inputs: Sequence[Sequence[int]],
+        caches: Caches,
+        prompts: Sequence[Tensor | None],
+    ) -> None:
+        """Read whole inputs and keep what the decoder will want of each in its slot.
+
+        Args:
+            prompts: the embeddings [n, hidden] of each input's first n tokens, if they are those of
+                a soft prompt.
+        """
         tokens, here = NewTokens(), NewTokens()
-        for row, (slot, ids) in enumerate(zip(slots, inputs, strict=True)):
-            here.add(row, ids, 0, 0)
+        for row, (slot, ids, prompt) in enumerate(zip(slots, inputs, prompts, strict=True)):
+            here.add(row, ids, 0, 0, prompt)
             tokens.add(slot, ids, 0, 0)
-        states = self._encoder_states(here.inputs(None), max(map(len, inputs)))
+        states = self._encoder_states(here, max(map(len, inputs)))
         kept = tokens.inputs(None)
         for block, cache in zip(self._decoder, caches.cross.layers, strict=True):
             assert block.cross is not None
             self._store(block.cross.kv(states), cache, kept, num_heads=0)
 
-    def decode(self, inputs: StepInputs, encoder_len: Tensor, caches: Caches) -> Tensor:
+    def decode(
+        self,
+        inputs: StepInputs,
+        encoder_len: Tensor,
+        caches: Caches,
+        splices: Sequence[Splice] = (),
+    ) -> Tensor:
         """Compute one step of the decoder and extend its cache.
 
         Args:
+            splices: embeddings of soft prompts, the same on all ranks.
             encoder_len: int32 [S], tokens of each sequence's input.
 
         Returns:
             Logits after the tokens `inputs.logits_index`, float32 [N, vocab]; on ranks other than
             the first, nothing of use.
         """
-        stream = self.group.sum_(self._embedding(inputs.token_ids))
+        stream = self._embed(inputs, splices)
         addition: Tensor | None = None
         layers = zip(self._decoder, caches.own.layers, caches.cross.layers, strict=True)
         for block, own, cross in layers:
@@ -147,11 +165,12 @@ class Seq2Seq:
         logits = Exchange((num_logits, self.spec.vocab_size), torch.float32)
         return [*encoder, *decoder, logits]
 
-    def _encoder_states(self, inputs: StepInputs, longest: int) -> Tensor:
+    def _encoder_states(self, tokens: NewTokens, longest: int) -> Tensor:
         """[T, hidden] of whole inputs, which lie in slots 0, 1, ... of a scratch cache."""
+        inputs = tokens.inputs(None)
         shape = (len(inputs.slots), self.num_heads, longest, self.spec.head_dim)
         scratch = _Scratch(*(torch.empty(shape, dtype=self.dtype) for _ in range(2)))
-        stream = self.group.sum_(self._embedding(inputs.token_ids))
+        stream = self._embed(inputs, tokens.splices)
         addition: Tensor | None = None
         for block in self._encoder:
             x = self._norm(stream, block.norm, addition)
@@ -161,6 +180,11 @@ class Seq2Seq:
             attended = self.group.sum_(block.out(attended))
             addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended))
         return self._norm(stream, self._encoder_norm, addition)
+
+    def _embed(self, inputs: StepInputs, splices: Sequence[Splice]) -> Tensor:
+        x = self.group.sum_(self._embedding(inputs.token_ids))
+        splice(x, splices)
+        return x
 
     def _norm(self, stream: Tensor, weight: Tensor, addition: Tensor | None) -> Tensor:
         """Norm of stream + addition, which the stream becomes."""
