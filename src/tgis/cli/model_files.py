@@ -9,6 +9,8 @@ from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
+
 from tgis.config import Config, parse
 from tgis.errors import ConfigError, ModelError
 from tgis.hub.resolve import locate
@@ -114,6 +116,18 @@ def convert_to_fast_tokenizer(arguments: Namespace, environ: MutableMapping[str,
     _convert_tokenizer(
         arguments.model_name, model_dir, arguments.output_path, config.trust_remote_code
     )
+    return 0
+
+
+def convert_to_onnx(arguments: Namespace, environ: MutableMapping[str, str]) -> int:
+    """Make ONNX files of a model, with its configuration and tokenizer."""
+    config = _settings(environ)
+    model_dir = locate(arguments.model_name, arguments.revision, config.hf_hub_cache)
+    from tgis.engines.onnx_export import Options, export
+
+    options = Options(arguments.merge_graphs, arguments.optimize, arguments.provider)
+    source = msgspec.structs.replace(config, model_name=str(model_dir))
+    export(source, Path(arguments.target), options, _report)
     return 0
 
 

@@ -112,6 +112,32 @@ def _convert_tokenizer(arguments: Namespace) -> int:
     return convert_to_fast_tokenizer(arguments, os.environ)
 
 
+def _add_onnx(parser: ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("target", metavar="TARGET", help="directory to make; new, or empty")
+    parser.add_argument(
+        "--merge-graphs",
+        action=BooleanOptionalAction,
+        default=False,
+        help="one graph for all passes of a decoder behind an encoder; others are one already [no]",
+    )
+    parser.add_argument(
+        "--optimize",
+        action=BooleanOptionalAction,
+        default=False,
+        help="let ONNX Runtime rewrite the graphs for the provider [no]",
+    )
+    parser.add_argument(
+        "--provider", help="ONNX Runtime's execution provider [CUDA's, if there is one; CPU's]"
+    )
+
+
+def _convert_onnx(arguments: Namespace) -> int:
+    from tgis.cli.model_files import convert_to_onnx
+
+    return convert_to_onnx(arguments, os.environ)
+
+
 # Option of `serve` -> setting of the server.
 _SETTINGS = {
     "dtype": "dtype",
@@ -183,7 +209,9 @@ COMMANDS: dict[str, Command] = {
     "convert-to-fast-tokenizer": Command(
         "make a model's tokenizer.json", _add_tokenizer, _convert_tokenizer
     ),
-    "convert-to-onnx": Command("not supported: this version has no ONNX engine"),
+    "convert-to-onnx": Command(
+        "make ONNX files of a model, for the engine hf_optimum_ort", _add_onnx, _convert_onnx
+    ),
     "quantize": Command("not supported: this version does not quantise models"),
 }
 

@@ -6,7 +6,7 @@ from tgis.config.model import NO_CUDA, NOT_MEASURED
 
 _GPTQ = "the server chooses the kernels for quantised weights itself"
 _NO_SPECULATION = "there is no speculative decoding"
-_NO_ONNX = "there is no ONNX engine in this version"
+_ONNX_TOOL = "ONNX files are made by `text-generation-server convert-to-onnx`, which has an option"
 
 
 class Ignored(NamedTuple):
@@ -34,8 +34,8 @@ IGNORED: dict[str, Ignored] = {
     "gptq_cuda_type": Ignored(str, _GPTQ),
     "bloom_slow_but_exact": Ignored(bool, "results never depend on the batch"),
     "disable_custom_kernels": Ignored(bool, "there are none that can be turned off"),
-    "merge_onnx_graphs": Ignored(bool, _NO_ONNX),
-    "optimize_onnx_model": Ignored(bool, _NO_ONNX),
+    "merge_onnx_graphs": Ignored(bool, _ONNX_TOOL),
+    "optimize_onnx_model": Ignored(bool, _ONNX_TOOL),
     "compact_before_prefill": Ignored(bool, "there is nothing to compact"),
     "fp32_logits_process": Ignored(bool, "logits are always processed in float32"),
     "kv_cache_manager_num_gpu_blocks": Ignored(int, "kv_cache_memory sizes the cache"),

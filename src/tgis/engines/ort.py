@@ -38,8 +38,8 @@ _LAYOUTS: dict[ModelKind, tuple[tuple[str, str], ...]] = {
     ModelKind.DECODER_ONLY: ((SINGLE, SINGLE), *_DECODERS),
     ModelKind.ENCODER_DECODER: _DECODERS,
 }
-_PAST = "past_key_values."
-_PRESENT = "present."
+PAST = "past_key_values."
+PRESENT = "present."
 _CACHE = re.compile(
     r"(?:past_key_values|present)\.\d+\.(?:(?:de|en)coder\.)?(?:key|value|key_value)"
 )
@@ -105,7 +105,7 @@ def load(
     pad_id = files.pad_token_id or 0
     try:
         network = OrtNetwork(load_graphs(files, progress))
-        caps = _caps(network, files, start_id)
+        caps = caps_of(network, files, start_id)
         batching = choose_batching(network, caps, pad_id, start_id)
     except ModelError as error:
         raise ModelError(f"Model {files.name}: {error}") from None
@@ -164,7 +164,7 @@ class OrtNetwork:
             _check_encoder(self._encoder)
         for graph in dict.fromkeys((self._first, self._later)):
             _check_decoder(graph, _FED[kind])
-        names = _caches(self._later.inputs, _PAST)
+        names = _caches(self._later.inputs, PAST)
         self._own = [name for name in names if ".encoder." not in name]
         self._cross = [name for name in names if ".encoder." in name]
         self._check_caches()
@@ -180,16 +180,16 @@ class OrtNetwork:
         if encoded is not None:
             values["encoder_hidden_states"] = encoded
         past = {} if state is None else {**state.own, **state.cross}
-        for name in _caches(graph.inputs, _PAST):
-            empty = _shape(graph.inputs[_PAST + name], rows, 0)
-            values[_PAST + name] = past[name] if past else torch.empty(empty)
+        for name in _caches(graph.inputs, PAST):
+            empty = _shape(graph.inputs[PAST + name], rows, 0)
+            values[PAST + name] = past[name] if past else torch.empty(empty)
         wanted: dict[str, tuple[int, ...]] = {"logits": (rows, columns, self.vocab_size)}
         wanted |= self._wanted(self._own, rows, width)
         if state is None and encoded is not None:
             wanted |= self._wanted(self._cross, rows, encoded.shape[1])
         found = graph.run(values, wanted)
-        own = {name: found[_PRESENT + name] for name in self._own}
-        cross = state.cross if state else {name: found[_PRESENT + name] for name in self._cross}
+        own = {name: found[PRESENT + name] for name in self._own}
+        cross = state.cross if state else {name: found[PRESENT + name] for name in self._cross}
         return found["logits"], OrtState(own, cross, encoded)
 
     def merge(
@@ -220,25 +220,25 @@ class OrtNetwork:
 
     def _wanted(self, names: list[str], rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         ports = self._later.inputs
-        return {_PRESENT + name: _shape(ports[_PAST + name], rows, columns) for name in names}
+        return {PRESENT + name: _shape(ports[PAST + name], rows, columns) for name in names}
 
     def _check_caches(self) -> None:
         later, first = self._later, self._first
         if not self._own:
             raise ModelError(
-                f"{later.name} has no inputs {_PAST}N.key and .value: it keeps no cache of what it"
+                f"{later.name} has no inputs {PAST}N.key and .value: it keeps no cache of what it"
                 " has computed, and cannot be served; export it with its cache"
             )
         for graph, names in ((first, [*self._own, *self._cross]), (later, self._own)):
-            missing = [name for name in names if _PRESENT + name not in graph.outputs]
+            missing = [name for name in names if PRESENT + name not in graph.outputs]
             if missing:
-                raise ModelError(f"{graph.name} has no output {_PRESENT}{missing[0]}")
+                raise ModelError(f"{graph.name} has no output {PRESENT}{missing[0]}")
         for name in (*self._own, *self._cross):
-            port = later.inputs[_PAST + name]
+            port = later.inputs[PAST + name]
             if len(port.shape) not in _CACHE_DIMS:
-                raise ModelError(_unknown_shape(later, _PAST + name, port))
+                raise ModelError(_unknown_shape(later, PAST + name, port))
             fixed = [dim for dim in range(1, len(port.shape)) if dim != len(port.shape) - 2]
-            _fixed(later, _PAST + name, port, fixed)
+            _fixed(later, PAST + name, port, fixed)
 
 
 def _values(inputs: Inputs, width: int, has_cache: bool) -> dict[str, Tensor]:
@@ -317,7 +317,7 @@ def _check_inputs(graph: Graph, unknown: Iterable[str]) -> None:
 
 
 @torch.inference_mode()
-def _caps(network: OrtNetwork, files: ModelFiles, start_id: int | None) -> EngineCaps:
+def caps_of(network: OrtNetwork, files: ModelFiles, start_id: int | None) -> EngineCaps:
     """Sizes as a pass over one token shows them."""
     one = torch.ones(1, 1, dtype=torch.int64)
     inputs = Inputs(one, one - 1, None, None, None, all_logits=False)

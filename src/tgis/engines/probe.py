@@ -37,9 +37,7 @@ def choose_batching(
     Raises:
         ModelError: the network does not go on from its own cache as it should.
     """
-    prompts = [
-        _prompt(slot, length, caps, pad_id, start_id) for slot, length in enumerate(_LENGTHS)
-    ]
+    prompts = _prompts(caps, pad_id, start_id)
     alone = _steps(PaddedEngine(network, caps, "single", pad_id), prompts)
     whole = [_row(row, [*row.token_ids, prompts[0].token_ids[-1]]) for row in prompts]
     at_once = PaddedEngine(network, caps, "single", pad_id).forward(StepPlan(whole))
@@ -57,6 +55,21 @@ def choose_batching(
         if all(_agree(a, b, caps.dtype) for a, b in zip(shared, alone, strict=True)):
             return batching
     return "single"
+
+
+def trial(
+    network: Network[S], caps: EngineCaps, batching: Batching, pad_id: int, start_id: int | None
+) -> list[Tensor]:
+    """The logits of a few steps in which sequences of several lengths start, go on, and leave.
+
+    Args: as in `choose_batching`.
+    """
+    engine = PaddedEngine(network, caps, batching, pad_id)
+    return _steps(engine, _prompts(caps, pad_id, start_id))
+
+
+def _prompts(caps: EngineCaps, pad_id: int, start_id: int | None) -> list[Row]:
+    return [_prompt(slot, length, caps, pad_id, start_id) for slot, length in enumerate(_LENGTHS)]
 
 
 def _prompt(slot: int, length: int, caps: EngineCaps, pad_id: int, start_id: int | None) -> Row:
