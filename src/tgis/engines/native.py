@@ -25,7 +25,7 @@ from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.lora import LoraAdapter
 from tgis.models.model_config import ModelConfig
-from tgis.models.packing import choose_packing
+from tgis.models.packing import read_packing
 from tgis.models.rotary import rotary_table
 from tgis.models.spec import Rotary
 from tgis.models.weights import Weights
@@ -41,6 +41,7 @@ def load(
     progress: Progress | None = None,
     group: Group | None = None,
     quantize: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> "NativeEngine":
     """Load a decoder-only model of a known family.
 
@@ -51,19 +52,20 @@ def load(
         progress: told of bytes loaded and bytes in all.
         group: the ranks among which the model is split; None = it is not.
         quantize: `QUANTIZE`, how weights are quantised that are stored as floats.
+        quantization: how the stored weights are quantised; what `config` says of it unless given.
 
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
         ConfigError: weights cannot be quantised so.
     """
     log.info("%s", kernels.describe())
-    packing = choose_packing(quantize, dtype)
     model_config = ModelConfig(config)
-    model_config.require("quantization_config", None)
     spec, names = read_spec(model_config)
     checkpoint = open_checkpoint(model_dir, progress)
     group = group or Group()
     try:
+        quantization = quantization or config.get("quantization_config")
+        packing = read_packing(quantize, dtype, checkpoint, quantization)
         weights = Weights(checkpoint, spec, names, group.shard, dtype, packing)
         return NativeEngine(Decoder(spec, names, weights, group, dtype))
     finally:

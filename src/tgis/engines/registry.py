@@ -38,7 +38,11 @@ ENGINES: dict[str, str] = {
     "hf_accelerate": "tgis.engines.hf:load",
     "hf_optimum_bt": "tgis.engines.hf:load",
     "hf_optimum_ort": "tgis.engines.ort:load",
+    "ibm_fms": "tgis.engines.fms:load",
 }
+
+# Engines whose files or numbers are not the native one's, so that it cannot stand in for them.
+_WHOLE = ("hf_optimum_ort", "ibm_fms")
 
 
 def load_engine(
@@ -120,6 +124,11 @@ def _splitting(framework: str | None, model_type: str, num_ranks: int) -> str:
             f"num_shard = {num_ranks}: models of type {model_type} cannot be split (only"
             f" {', '.join(sorted(NATIVE_TYPES))}); set num_shard to 1"
         )
+    if framework in _WHOLE:
+        raise ModelError(
+            f"num_shard = {num_ranks}: DEPLOYMENT_FRAMEWORK = {framework} does not split models;"
+            f" set num_shard to 1, or DEPLOYMENT_FRAMEWORK to {NATIVE}"
+        )
     if framework not in (None, NATIVE):
         log.warning(
             "Using deployment engine %s rather than %s because more than one shard is configured",
@@ -145,7 +154,8 @@ def load_native(
     from tgis.engines import native, native_seq2seq
 
     load = native_seq2seq.load if files.model_type in SEQ2SEQ_FAMILIES else native.load
-    return load(Path(files.path), files.config, dtype, progress, group, config.quantize)
+    how = (config.quantize, files.quantization)
+    return load(Path(files.path), files.config, dtype, progress, group, *how)
 
 
 def _engines() -> dict[str, EntryPoint]:

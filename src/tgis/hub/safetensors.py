@@ -5,7 +5,7 @@ that loading needs no second copy of the model.
 """
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,6 +52,11 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._infos
 
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Dtypes, shapes and places of all tensors."""
+        return self._infos
+
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor.
 
@@ -70,18 +75,24 @@ class Checkpoint:
         Raises:
             ModelError: there is no such tensor, or it does not have this shape.
         """
-        info = self.info(name)
-        if info.shape != shape:
-            raise ModelError(
-                f"weight {name} has shape {list(info.shape)} in {info.file.name},"
-                f" but config.json asks for {list(shape)}"
-            )
+        info = self._checked(name, shape)
         mapped = self._map(info.file)
         try:
             yield _view(mapped, info)
         finally:
             _drop_pages(mapped, info)
         self._count(name, info)
+
+    def lasting(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor that stays in the file, also after `close`: the system reads it when it is used.
+
+        Raises:
+            ModelError: as `tensor`.
+        """
+        info = self._checked(name, shape)
+        view = _view(self._map(info.file), info)
+        self._count(name, info)
+        return view
 
     def untaken(self) -> list[str]:
         """Names of the tensors that nobody has asked for, sorted."""
@@ -90,6 +101,15 @@ class Checkpoint:
     def close(self) -> None:
         """Forget the files; tensors still in use keep theirs."""
         self._maps.clear()
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        info = self.info(name)
+        if info.shape != shape:
+            raise ModelError(
+                f"weight {name} has shape {list(info.shape)} in {info.file.name},"
+                f" but config.json asks for {list(shape)}"
+            )
+        return info
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:

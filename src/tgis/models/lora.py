@@ -110,7 +110,7 @@ class LoraSites:
         return self._adaptable(layer, source, dtype or self._dtype)
 
     def head(
-        self, layer: Linear, source: LinearSource, names: tuple[str, ...], sample: Tensor
+        self, layer: Linear, source: LinearSource, names: tuple[str, ...], sample: Tensor | None
     ) -> Adaptable:
         """The layer from hidden to float32 logits, known by any of `names`."""
         (piece,) = source.pieces

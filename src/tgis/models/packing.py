@@ -1,25 +1,40 @@
 """Which layer is made of a weight: by `QUANTIZE`, and by what this machine is fastest at."""
 
+import logging
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tgis.errors import ConfigError
+from tgis.errors import ConfigError, ModelError
+from tgis.hub.safetensors import Checkpoint
+from tgis.models.kernels.grouped import grouped_linear
 from tgis.models.kernels.linear import bf16_linear, int8_linear
 from tgis.quant import linear
-from tgis.quant.linear import Linear, MakeLinear
+from tgis.quant.bitsandbytes import bitsandbytes_linear, check_bitsandbytes
+from tgis.quant.grouped import quantise
+from tgis.quant.linear import FORMATS, Formats, Linear, MakeLinear
+from tgis.quant.scheme import METHODS, SUFFIX, Scheme, read_scheme
+from tgis.quant.stored import load_stored, stored_config
+
+log = logging.getLogger(__name__)
+
+INT4_GROUP = 32  # input features that share a scale under QUANTIZE=int4
 
 
 class Packing(NamedTuple):
-    """How the layers of a network are made of weights that the checkpoint does not quantise.
+    """How the layers of a network are made: of weights that the checkpoint does not quantise, and
+    of those that it stores in one of some formats.
 
     The head is a layer of its own kind: its results, the logits, are float32.
     """
 
     make_linear: MakeLinear
     make_head: MakeLinear
+    formats: Formats = FORMATS
+    head_formats: Formats = FORMATS
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -40,28 +55,105 @@ def _is_ours(weight: Tensor) -> bool:
     return on_cpu and weight.dtype == torch.bfloat16 and linear.can_pack(torch.bfloat16)
 
 
+def _to_float(make: MakeLinear) -> MakeLinear:
+    def make_head(weight: Tensor, bias: Tensor | None) -> Linear:
+        layer = make(weight, bias)
+        return lambda x: layer(x).float()
+
+    return make_head
+
+
+def _quantised(bits: int, group_size: int, out_dtype: torch.dtype | None = None) -> MakeLinear:
+    """Layers of weights that are quantised when they are loaded."""
+
+    def make(weight: Tensor, bias: Tensor | None) -> Linear:
+        return grouped_linear(quantise(weight, bits, group_size), bias, weight.dtype, out_dtype)
+
+    return make
+
+
 PLAIN = Packing(make_linear, make_head)
+_INT8_HEAD = _quantised(8, -1, torch.float32)
 
 PACKINGS: dict[str, Packing] = {
     "int8-dynamic": Packing(int8_linear, partial(int8_linear, out_dtype=torch.float32)),
+    "int8": Packing(_quantised(8, -1), _INT8_HEAD),
+    # Logits decide between tokens: the head keeps 8 bits.
+    "int4": Packing(_quantised(4, INT4_GROUP), _INT8_HEAD),
+    "bitsandbytes": Packing(bitsandbytes_linear, _to_float(bitsandbytes_linear)),
 }
 """`QUANTIZE` -> how weights are quantised when they are loaded."""
 
 
-def choose_packing(quantize: str | None, dtype: torch.dtype) -> Packing:
-    """The packing for a setting.
+def choose_packing(
+    quantize: str | None, dtype: torch.dtype, scheme: Scheme | None = None
+) -> Packing:
+    """The packing for a setting and a checkpoint.
 
     Args:
+        quantize: `QUANTIZE`.
         dtype: of the arithmetic between the layers.
+        scheme: how the checkpoint's weights are quantised already.
 
     Raises:
-        ConfigError: there is none of this name, or not for this type.
+        ConfigError: there is none of this name, not for this type, or not for this checkpoint.
+        ModelError: `QUANTIZE` is how weights are stored, but these are not.
     """
+    if scheme is not None:
+        if quantize not in (None, scheme.method):
+            raise ConfigError(
+                f"QUANTIZE = {quantize}: the model's weights are quantised already, by"
+                f" {scheme.method}; leave QUANTIZE unset"
+            )
+        return _stored(scheme)
     if quantize is None:
         return PLAIN
+    if quantize in METHODS:
+        raise ModelError(
+            f"Cannot load `{quantize}` weight, make sure the model is already quantized, or"
+            " quantize it with `text-generation-server quantize ORIGINAL_MODEL_ID NEW_MODEL_ID`"
+        )
     if quantize not in PACKINGS:
         possible = ", ".join(PACKINGS)
         raise ConfigError(f"QUANTIZE = {quantize}: not supported by this version (only {possible})")
     if dtype == torch.float16:
         raise ConfigError(f"QUANTIZE = {quantize}: not with DTYPE = float16 (bfloat16, float32)")
+    if quantize == "bitsandbytes":
+        check_bitsandbytes()
     return PACKINGS[quantize]
+
+
+def _stored(scheme: Scheme) -> Packing:
+    """For a checkpoint with a scheme; what of it is not quantised stays so."""
+    make_head = partial(grouped_linear, out_dtype=torch.float32)
+    layers: Formats = {SUFFIX: partial(load_stored, scheme, grouped_linear)}
+    head: Formats = {SUFFIX: partial(load_stored, scheme, make_head)}
+    return PLAIN._replace(formats=layers | FORMATS, head_formats=head | FORMATS)
+
+
+def read_packing(
+    quantize: str | None,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint,
+    quantization: Mapping[str, Any] | None,
+) -> Packing:
+    """The packing for a setting and an opened checkpoint, whose headers are checked.
+
+    Args:
+        quantize: `QUANTIZE`.
+        dtype: of the arithmetic between the layers.
+        checkpoint: holds the weights.
+        quantization: `quantization_config` of config.json, or what stands for it.
+
+    Raises:
+        ConfigError, ModelError: see `choose_packing` and `read_scheme`.
+    """
+    scheme = read_scheme(stored_config(checkpoint) or quantization, checkpoint.infos)
+    packing = choose_packing(quantize, dtype, scheme)
+    if scheme is not None:
+        log.info("Weights are quantised: %s", scheme)
+        if dtype == torch.float16:
+            log.warning(
+                "quantised weights are slow with DTYPE = float16 on this device; use bfloat16"
+            )
+    return packing

@@ -44,19 +44,23 @@ class Seq2SeqWeights:
         self._vocabulary = shard.blocks(spec.vocab_size)
 
     def embedding(self) -> Tensor:
-        """Token embeddings [vocab rows of this rank, hidden], shared by encoder and decoder."""
-        names = [name for name in _EMBEDDINGS if f"{name}.weight" in self._checkpoint]
-        name = names[0] if names else "lm_head" if self._has_head() else _EMBEDDINGS[0]
-        with self._checkpoint.tensor(f"{name}.weight", self._vocab_shape()) as stored:
-            return stored[slice(*self._vocabulary)].to(self._dtype, copy=True)
+        """Token embeddings [vocab rows of this rank, hidden], shared by encoder and decoder.
 
-    def head(self, embedding: Tensor) -> Linear:
+        A table that the head packs too stays in the file, in its own type.
+        """
+        name, rows = f"{self._embedding_name()}.weight", slice(*self._vocabulary)
+        if self._head_name() == self._embedding_name():
+            return self._checkpoint.lasting(name, self._vocab_shape())[rows]
+        with self._checkpoint.tensor(name, self._vocab_shape()) as stored:
+            return stored[rows].to(self._dtype, copy=True)
+
+    def head(self) -> Linear:
         """hidden -> float32 logits of this rank's rows; the embeddings' if no other is stored."""
-        if not self._has_head():
-            return self._packing.make_head(embedding, None)
-        piece = Piece("lm_head", self._vocab_shape(), (self._vocabulary,), self._hidden())
+        name = self._head_name()
+        piece = Piece(name, self._vocab_shape(), (self._vocabulary,), self._hidden())
         source = LinearSource((piece,), has_bias=False)
-        return load_linear(self._checkpoint, source, self._dtype, self._packing.make_head)
+        make, formats = self._packing.make_head, self._packing.head_formats
+        return load_linear(self._checkpoint, source, self._dtype, make, formats)
 
     def norm(self, name: str) -> Tensor:
         """Weight [hidden] of a norm."""
@@ -118,8 +122,13 @@ class Seq2SeqWeights:
                 f" network of this config.json: {', '.join(extra[:5])}"
             )
 
-    def _has_head(self) -> bool:
-        return "lm_head.weight" in self._checkpoint
+    def _embedding_name(self) -> str:
+        names = (*_EMBEDDINGS, "lm_head")
+        stored = (name for name in names if f"{name}.weight" in self._checkpoint)
+        return next(stored, names[0])
+
+    def _head_name(self) -> str:
+        return "lm_head" if "lm_head.weight" in self._checkpoint else self._embedding_name()
 
     def _vocab_shape(self) -> tuple[int, int]:
         return (self._spec.vocab_size, self._spec.hidden_size)
@@ -133,5 +142,5 @@ class Seq2SeqWeights:
 
     def _linear(self, pieces: tuple[Piece, ...], dtype: torch.dtype | None = None) -> Linear:
         source = LinearSource(pieces, has_bias=False)
-        make = self._packing.make_linear
-        return load_linear(self._checkpoint, source, dtype or self._dtype, make)
+        make, formats = self._packing.make_linear, self._packing.formats
+        return load_linear(self._checkpoint, source, dtype or self._dtype, make, formats)

@@ -6,6 +6,7 @@ the bias); embeddings and head by vocabulary row; norms and position tables are 
 """
 
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,10 +58,18 @@ class Weights:
         self.lora = LoraSites(dtype, shard, names.prefixes)
 
     def embedding(self) -> Tensor:
-        """Token embeddings [vocab rows of this rank, hidden]."""
-        table = self._table(self._embedding_name(), self._shard.blocks(self._spec.vocab_size))
+        """Token embeddings [vocab rows of this rank, hidden].
+
+        A table that the head packs too stays in the file, in its own type: memory shall not hold
+        the largest weight twice.
+        """
+        stored, rows = self._embedding_name(), self._shard.blocks(self._spec.vocab_size)
+        if self._shares_table():
+            table = self._checkpoint.lasting(stored, self._vocab_shape())[slice(*rows)]
+        else:
+            table = self._table(stored, rows)
         name, shape = self._prefix + self._names.embedding, self._vocab_shape()
-        self.lora.embedding(name, shape, table[:SAMPLE_ROWS].clone())
+        self.lora.embedding(name, shape, table[:SAMPLE_ROWS].to(self._dtype, copy=True))
         return table
 
     def positions(self) -> Tensor | None:
@@ -79,12 +88,15 @@ class Weights:
         rows = self._shard.blocks(self._spec.vocab_size)
         piece = Piece(name, shape, (rows,), (0, self._spec.hidden_size))
         source = LinearSource((piece,), has_bias=False)
-        if self._spec.tied_head and f"{name}.weight" not in self._checkpoint:
-            layer = self._packing.make_head(embedding, None)
-            sample = embedding[:SAMPLE_ROWS].clone()
-        else:
-            layer = load_linear(self._checkpoint, source, self._dtype, self._packing.make_head)
+        stored, sample = source, None
+        if self._shares_table():
+            own = self._embedding_name().removesuffix(".weight")
+            stored = LinearSource((replace(piece, name=own),), has_bias=False)
+            sample = embedding[:SAMPLE_ROWS].to(self._dtype, copy=True)
+        elif f"{name}.weight" in self._checkpoint:
             sample = self._table(f"{name}.weight", (0, SAMPLE_ROWS))
+        make, formats = self._packing.make_head, self._packing.head_formats
+        layer = load_linear(self._checkpoint, stored, self._dtype, make, formats)
         return self.lora.head(layer, source, self._names.heads, sample)
 
     def norm(self, name: str, size: int, bias: bool | None = None) -> NormWeights:
@@ -165,6 +177,12 @@ class Weights:
         stored = (name for name in names if f"{name}{after}.weight" in self._checkpoint)
         return next(stored, names[0])
 
+    def _shares_table(self) -> bool:
+        """Whether the head has no weight but the embeddings'."""
+        head = f"{self._head}.weight"
+        own = head in self._checkpoint and head != self._embedding_name()
+        return self._spec.tied_head and not own
+
     def _embedding_name(self) -> str:
         """The embeddings', or the head's where both are one and only that is stored."""
         name, head = f"{self._prefix}{self._names.embedding}.weight", f"{self._head}.weight"
@@ -198,5 +216,6 @@ class Weights:
 
     def _linear(self, pieces: tuple[Piece, ...], bias: bool, adds_bias: bool = True) -> Adaptable:
         source = LinearSource(pieces, has_bias=bias, adds_bias=adds_bias)
-        layer = load_linear(self._checkpoint, source, self._dtype, self._packing.make_linear)
+        make, formats = self._packing.make_linear, self._packing.formats
+        layer = load_linear(self._checkpoint, source, self._dtype, make, formats)
         return self.lora.layer(layer, source)

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 Span = tuple[int, int]
 
+_COPY_ROWS = 4096  # of a weight, at a time
 PACK_ROWS = 32  # a pack for so many rows is within 5 % of the best at 1, 8, 32 and 128 rows
 
 
@@ -80,7 +81,11 @@ class LinearSource:
 
 
 def load_linear(
-    tensors: Tensors, source: LinearSource, dtype: torch.dtype, make: MakeLinear | None = None
+    tensors: Tensors,
+    source: LinearSource,
+    dtype: torch.dtype,
+    make: MakeLinear | None = None,
+    formats: "Formats | None" = None,
 ) -> Linear:
     """Make a layer from the checkpoint.
 
@@ -89,12 +94,14 @@ def load_linear(
         source: what of it the layer is made of.
         dtype: of the arithmetic.
         make: makes the layer of a weight that is not quantised; `make_linear` unless given.
+        formats: in which weights may be stored; `FORMATS` unless given.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or is of a format not known here.
     """
     name = source.pieces[0].name
-    load = next((load for suffix, load in FORMATS.items() if name + suffix in tensors), None)
+    known = (formats or FORMATS).items()
+    load = next((load for suffix, load in known if name + suffix in tensors), None)
     if load is None:
         raise ModelError(f"weight {name}.weight does not exist")
     return load(tensors, source, dtype, make or make_linear)
@@ -153,7 +160,7 @@ def _load_dense(
         target = slice(row, row + piece.out_features)
         _copy_weight(tensors, piece, weight[target])
         if bias is not None:
-            _copy_bias(tensors, piece, bias[target])
+            copy_bias(tensors, piece, bias[target])
         row += piece.out_features
     return make(weight, bias if source.adds_bias else None)
 
@@ -161,12 +168,19 @@ def _load_dense(
 def _copy_weight(tensors: Tensors, piece: Piece, target: Tensor) -> None:
     name = f"{piece.name}.weight"
     shape = piece.shape[::-1] if piece.transposed else piece.shape
-    with tensors.tensor(name, shape) as stored:
-        matrix = stored.T if piece.transposed else stored
-        _copy_rows(matrix[:, slice(*piece.columns)], piece.rows, target)
+    at, height = 0, piece.out_features if piece.transposed else _COPY_ROWS
+    for first, last in piece.rows:
+        for start in range(first, last, height):
+            stop = min(start + height, last)
+            # Taken anew for each block: what has been read of a file does not stay in memory.
+            with tensors.tensor(name, shape) as stored:
+                matrix = stored.T if piece.transposed else stored
+                target[at : at + stop - start] = matrix[start:stop, slice(*piece.columns)]
+            at += stop - start
 
 
-def _copy_bias(tensors: Tensors, piece: Piece, target: Tensor) -> None:
+def copy_bias(tensors: Tensors, piece: Piece, target: Tensor) -> None:
+    """Copy the bias of a piece's output features."""
     with tensors.tensor(f"{piece.name}.bias", piece.shape[:1]) as stored:
         _copy_rows(stored, piece.rows, target)
 
@@ -178,7 +192,8 @@ def _copy_rows(source: Tensor, rows: tuple[Span, ...], target: Tensor) -> None:
         at += stop - start
 
 
-FORMATS: dict[str, Callable[[Tensors, LinearSource, torch.dtype, MakeLinear], Linear]] = {
-    ".weight": _load_dense,
-}
-"""The suffix by which a format's checkpoints are known -> how it is loaded."""
+Formats = dict[str, Callable[[Tensors, LinearSource, torch.dtype, MakeLinear], Linear]]
+"""The suffix by which a format's weights are known -> how a layer is loaded."""
+
+FORMATS: Formats = {".weight": _load_dense}
+"""What every checkpoint may hold."""
