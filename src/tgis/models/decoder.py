@@ -73,9 +73,9 @@ class Decoder:
         self.dtype = dtype
         self.group = group
         ops = operators(dtype)
+        self._head = weights.head()  # first: the largest, while memory is free
         embedding = weights.embedding()
-        self._embedding = VocabularyTable(embedding, group.shard, spec.vocab_size)
-        self._head = weights.head(embedding)  # now: the largest, while memory is free
+        self._embedding = VocabularyTable(embedding, group.shard, spec.vocab_size, dtype)
         self._positions = weights.positions()
         self._embedding_norm = None
         if spec.embedding_norm and names.embedding_norm is not None:

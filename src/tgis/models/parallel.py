@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -69,10 +70,14 @@ class VocabularyTable:
     Args:
         rows: [this rank's rows, hidden].
         total: rows of the whole table.
+        dtype: of what is looked up, if not that of the rows.
     """
 
-    def __init__(self, rows: Tensor, shard: Shard, total: int) -> None:
+    def __init__(
+        self, rows: Tensor, shard: Shard, total: int, dtype: torch.dtype | None = None
+    ) -> None:
         self._rows = rows
+        self._dtype = dtype or rows.dtype
         self._first, self._last = shard.blocks(total)
         self._total = total
 
@@ -88,9 +93,9 @@ class VocabularyTable:
             IndexError: an id beyond the table.
         """
         if self.num_rows == self._total:
-            return functional.embedding(ids, self._rows)
+            return functional.embedding(ids, self._rows).to(self._dtype)
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._total:
             raise IndexError("index out of range: a token id beyond the vocabulary")
         elsewhere = (ids < self._first) | (ids >= self._last)
         x = functional.embedding((ids - self._first).masked_fill_(elsewhere, 0), self._rows)
-        return x.masked_fill_(elsewhere.unsqueeze(1), 0)
+        return x.masked_fill_(elsewhere.unsqueeze(1), 0).to(self._dtype)

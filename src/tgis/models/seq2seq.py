@@ -73,9 +73,9 @@ class Seq2Seq:
         self.dtype = dtype
         self.group = group
         self._ops = operators(dtype)
+        self._head = weights.head()  # first: the largest, while memory is free
         embedding = weights.embedding()
         self._embedding = VocabularyTable(embedding, group.shard, spec.vocab_size, dtype)
-        self._head = weights.head()
         self._encoder = [
             _load_block(weights, f"encoder.block.{i}") for i in range(spec.num_encoder_layers)
         ]

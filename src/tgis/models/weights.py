@@ -63,14 +63,13 @@ class Weights:
         A table that the head packs too stays in the file, in its own type: memory shall not hold
         the largest weight twice.
         """
-        stored, rows = self._embedding_name(), self._shard.blocks(self._spec.vocab_size)
-        if self._shares_table():
-            table = self._checkpoint.lasting(stored, self._vocab_shape())[slice(*rows)]
-        else:
-            table = self._table(stored, rows)
-        name, shape = self._prefix + self._names.embedding, self._vocab_shape()
-        self.lora.embedding(name, shape, table[:SAMPLE_ROWS].to(self._dtype, copy=True))
-        return table
+        stored, shape = self._embedding_name(), self._vocab_shape()
+        name = self._prefix + self._names.embedding
+        self.lora.embedding(name, shape, self._table(stored, (0, SAMPLE_ROWS)))
+        rows = self._shard.blocks(self._spec.vocab_size)
+        if self._head_name() == stored:
+            return self._checkpoint.lasting(f"{stored}.weight", shape)[slice(*rows)]
+        return self._table(stored, rows)
 
     def positions(self) -> Tensor | None:
         """Position embeddings [positions, hidden], where the family has them."""
@@ -82,19 +81,14 @@ class Weights:
         name = self._prefix + self._names.positions
         return self._vector(f"{name}.weight", (rows, self._spec.hidden_size))
 
-    def head(self, embedding: Tensor) -> Adaptable:
+    def head(self) -> Adaptable:
         """hidden -> float32 logits of this rank's vocabulary rows; the embeddings' where tied."""
-        name, shape = self._head, self._vocab_shape()
-        rows = self._shard.blocks(self._spec.vocab_size)
-        piece = Piece(name, shape, (rows,), (0, self._spec.hidden_size))
-        source = LinearSource((piece,), has_bias=False)
-        stored, sample = source, None
-        if self._shares_table():
-            own = self._embedding_name().removesuffix(".weight")
-            stored = LinearSource((replace(piece, name=own),), has_bias=False)
-            sample = embedding[:SAMPLE_ROWS].to(self._dtype, copy=True)
-        elif f"{name}.weight" in self._checkpoint:
-            sample = self._table(f"{name}.weight", (0, SAMPLE_ROWS))
+        name, rows = self._head_name(), self._shard.blocks(self._spec.vocab_size)
+        piece = Piece(name, self._vocab_shape(), (rows,), (0, self._spec.hidden_size))
+        stored = LinearSource((piece,), has_bias=False)
+        source = LinearSource((replace(piece, name=self._head),), has_bias=False)
+        is_float = f"{name}.weight" in self._checkpoint
+        sample = self._table(name, (0, SAMPLE_ROWS)) if is_float else None
         make, formats = self._packing.make_head, self._packing.head_formats
         layer = load_linear(self._checkpoint, stored, self._dtype, make, formats)
         return self.lora.head(layer, source, self._names.heads, sample)
@@ -177,17 +171,16 @@ class Weights:
         stored = (name for name in names if f"{name}{after}.weight" in self._checkpoint)
         return next(stored, names[0])
 
-    def _shares_table(self) -> bool:
-        """Whether the head has no weight but the embeddings'."""
-        head = f"{self._head}.weight"
-        own = head in self._checkpoint and head != self._embedding_name()
-        return self._spec.tied_head and not own
-
     def _embedding_name(self) -> str:
         """The embeddings', or the head's where both are one and only that is stored."""
-        name, head = f"{self._prefix}{self._names.embedding}.weight", f"{self._head}.weight"
-        swap = self._spec.tied_head and name not in self._checkpoint and head in self._checkpoint
-        return head if swap else name
+        name, head = self._prefix + self._names.embedding, self._head
+        is_stored, head_is = (f"{n}.weight" in self._checkpoint for n in (name, head))
+        return head if self._spec.tied_head and head_is and not is_stored else name
+
+    def _head_name(self) -> str:
+        """The head's, or the embeddings' where both are one and only that is stored."""
+        is_stored = f"{self._head}.weight" in self._checkpoint
+        return self._embedding_name() if self._spec.tied_head and not is_stored else self._head
 
     def _block(self, layer: int, name: str = "") -> str:
         return f"{self._prefix}{self._names.block.format(layer)}.{name}"
@@ -196,7 +189,7 @@ class Weights:
         return self._spec.vocab_size, self._spec.hidden_size
 
     def _table(self, name: str, rows: Span) -> Tensor:
-        with self._checkpoint.tensor(name, self._vocab_shape()) as stored:
+        with self._checkpoint.tensor(f"{name}.weight", self._vocab_shape()) as stored:
             return stored[slice(*rows)].to(self._dtype, copy=True)
 
     def _vector(self, name: str, shape: tuple[int, ...]) -> Tensor:

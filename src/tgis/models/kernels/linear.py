@@ -107,7 +107,8 @@ def _on_tiles(
     if not len(weight) or weight.shape[1] * weight.element_size() % 64:
         return None
     width = 64 if weight.dtype == torch.int8 else 32  # output features of a block
-    padded = functional.pad(weight, (0, 0, 0, -len(weight) % width))
+    missing = -len(weight) % width
+    padded = functional.pad(weight, (0, 0, 0, missing)) if missing else weight
     blocked = pack(padded)
     if not _is_expected(blocked, padded, width):
         return None
