@@ -76,6 +76,7 @@ def main() -> None:
     context = str(int(slots) * int(slot_tokens))
     flags = ["--parallel", slots, "--ctx-size", context, "--no-kv-unified", "--threads", "2"]
     flags += ["--threads-batch", "2", "--no-webui", "--host", "127.0.0.1", "--port", str(port)]
+    flags += sys.argv[5:]
     server = subprocess.Popen(
         [program, "--model", model, *flags], stdout=subprocess.DEVNULL, stderr=sys.stderr
     )
