@@ -180,6 +180,8 @@ WRONG = [
         "tls: cannot provide client ca cert without keypair",
         "set --tls-cert-path",
     ),
+    flag("--fair-share-by api-key", "--fair-share-by=api-key", "set --api-keys-file too"),
+    flag("--fair-share-by X-Tenant", "--fair-share-by=X-Tenant", "x-tenant"),
     flag("--tls-http", "--tls-http=true", "there is no certificate", "set --tls-cert-path"),
     flag(
         "--tls-cert-path {file} --tls-key-path {file} --tls-client-names a,b",

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tests.kit.core_house import SLOTS, House, open_house
 from tests.kit.fake_engine import VOCAB, continuation
 
+from tgis.core import loop
 from tgis.engines.plan import StepPlan
+from tgis.sampling import Choice
 from tgis.types import NO_DETAILS, DetailParams, FinishReason, SamplingParams
-from tgis.wire import Abort, Add, FailureKind, Loading
+from tgis.wire import Abort, Add, FailureKind, Hold, Loading
 
 
 @pytest.fixture
@@ -323,3 +326,81 @@ def test_ten_thousand_streams_cancelled_at_random_points_leave_nothing(tmp_path:
         house.run(front)
         gauges = house.scheduler.gauges()
         assert (gauges.num_running, gauges.num_waiting, gauges.kv_tokens_used) == (0, 0, 0)
+
+
+class Poison:
+    """Makes the sampler fail whenever a certain sequence is among those that get a token."""
+
+    def __init__(self, house: House, seq_id: int, times: int, error: Exception) -> None:
+        self.seq_id, self.times, self.error, self.core = seq_id, times, error, house.core
+        self._sample = house.core._sampler.sample
+        house.core._sampler.sample = self.sample  # type: ignore[method-assign]
+
+    def sample(self, uids: list[int], logits: torch.Tensor) -> list[Choice]:
+        names = {self.core._by_uid[uid].request.seq_id for uid in uids}
+        if self.seq_id in names and self.times:
+            self.times -= 1
+            raise self.error
+        return self._sample(uids, logits)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_sequence_that_breaks_the_sampler_fails_alone(house: House, turns: int) -> None:
+    front = house.connect()
+    for seq_id in (1, 2, 3):
+        front.send(add(seq_id, [seq_id, 7], max_new=8))
+    house.turn(turns)
+    Poison(house, 2, 100, RuntimeError("secret"))
+    house.run(front)
+    assert set(front.failed) == {2}
+    assert (front.failed[2].kind, front.failed[2].message) == (
+        FailureKind.GENERATION,
+        "RuntimeError",
+    )
+    for seq_id in (1, 3):
+        assert front.tokens[seq_id] == continuation([seq_id, 7], 8)
+
+
+def test_memory_that_lacks_once_while_tokens_are_chosen_costs_nobody(house: House) -> None:
+    front = house.connect()
+    for seq_id in (1, 2, 3):
+        front.send(add(seq_id, [seq_id], max_new=8))
+    house.turn(2)
+    Poison(house, 2, 1, MemoryError())
+    house.run(front)
+    assert not front.failed
+    for seq_id in (1, 2, 3):
+        assert front.tokens[seq_id] == continuation([seq_id], 8)
+
+
+def test_input_details_that_cannot_be_made_fail_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "input_details", fail)
+    front = house.connect()
+    front.send(add(1, [1, 2, 3]))
+    front.send(add(2, [4, 5, 6], details=DetailParams(logprobs=True, input=True)))
+    house.turn()
+    house.run(front)
+    assert set(front.failed) == {2}
+    assert front.failed[2].kind is FailureKind.OUT_OF_MEMORY
+    assert front.tokens[1] == continuation([1, 2, 3], 4)
+
+
+def test_a_held_sequence_gets_nothing_until_it_is_let_go(house: House) -> None:
+    front = house.connect()
+    front.send(add(1, [1], max_new=6))
+    house.turn(2)
+    front.send(Hold(1, True))
+    front.send(Hold(99, True))  # long gone
+    house.turn(5)
+    front.read()
+    got = len(front.tokens[1])
+    assert got < 6
+    assert not front.finish
+    front.send(Hold(1, False))
+    house.run(front)
+    assert front.tokens[1] == continuation([1], 6)

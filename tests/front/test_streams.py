@@ -49,6 +49,10 @@ class FakeLink:
     added: list[Add] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
     error: Unavailable | None = None
+    holds: list[tuple[int, bool]] = field(default_factory=list)
+
+    def hold(self, seq_id: int, held: bool) -> None:
+        self.holds.append((seq_id, held))
 
     def add(self, request: Add) -> None:
         if self.error:
@@ -255,3 +259,49 @@ async def test_leaving_early_aborts(house: House) -> None:
     house.say(stream, "late")
     assert len(house.streams) == 0
     assert math.isinf(house.link.added[0].deadline)
+
+
+class Broken:
+    def add(self, token_id: int) -> str:
+        raise ZeroDivisionError
+
+
+async def test_a_token_without_text_fails_its_stream_alone(house: House) -> None:
+    with house.open() as bad, house.open() as good:
+        house.say(bad, "ab")
+        bad._text = Broken()  # type: ignore[assignment]
+        tokens = [TokenOut(stream.seq_id, ids("c")[0]) for stream in (bad, good)]
+        house.streams.on_out(Out(tokens, [], [], None, Gauges()))
+        assert house.link.aborted == [bad.seq_id]
+        house.end(good, FinishReason.EOS_TOKEN)
+        assert (await good.collect()).text == "c"
+        assert (await bad.next())[0].text == "ab"
+        with pytest.raises(GenerationFailed, match="after generating 3 tokens: ZeroDivisionError"):
+            await bad.next()
+
+
+async def test_generation_waits_for_a_client_that_leaves_lists_of_tokens_unread(
+    house: House,
+) -> None:
+    with house.open(details=DetailParams(output=True, logprobs=True)) as stream:
+        while not house.link.holds:
+            house.say(stream, "a")
+        house.say(stream, "abc")  # was under way
+        assert house.link.holds == [(stream.seq_id, True)]
+        pieces = await stream.next()
+        assert len(pieces) == stream.num_generated < 200
+        assert house.link.holds == [(stream.seq_id, True), (stream.seq_id, False)]
+        house.end(stream, FinishReason.EOS_TOKEN)
+        await read_all(stream)
+    assert len(house.link.holds) == 2
+
+
+async def test_text_alone_and_collected_answers_never_wait(house: House) -> None:
+    with house.open() as plain, house.open(details=DetailParams(output=True)) as unary:
+        answer = asyncio.create_task(unary.collect())
+        await asyncio.sleep(0)
+        for stream in (plain, unary):
+            house.say(stream, "a" * 500)
+            house.end(stream, FinishReason.EOS_TOKEN)
+        assert len((await answer).tokens) == 501
+    assert not house.link.holds

@@ -82,7 +82,7 @@ class Driver:
     def add(self, add: Add, salt: bytes = b"") -> Sequence:
         """Queue a request."""
         seq = self.live[add.seq_id] = Sequence.of(add.seq_id, add, 0)
-        seq.salt = salt
+        seq.salt = salt or seq.salt
         self.scheduler.add(seq)
         return seq
 

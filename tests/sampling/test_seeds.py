@@ -87,3 +87,14 @@ def test_noise_is_exponential(kind: Kind) -> None:
 def test_the_best_stream_is_taken() -> None:
     expected = NumpyStream if library() is None else NativeStream
     assert isinstance(noise_stream(1, 8), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_goes_back_to_its_mark(kind: Kind) -> None:
+    stream, ids = kind(5, 3001), np.arange(3001)
+    stream.at(ids)
+    mark = stream.mark()
+    expected = [stream.at(ids) for _ in range(2)]
+    for _ in range(2):
+        stream.rewind(mark)
+        assert np.array_equal([stream.at(ids) for _ in range(2)], expected)

@@ -58,7 +58,16 @@ def complete(draft: Draft) -> None:
     Raises:
         ConfigError: two settings contradict each other.
     """
-    for rule in (_hub_cache, _world, _num_shard, _framework, _log_format, _tls, _ports):
+    for rule in (
+        _hub_cache,
+        _world,
+        _num_shard,
+        _framework,
+        _log_format,
+        _tls,
+        _fair_share,
+        _ports,
+    ):
         rule(draft)
 
 
@@ -162,6 +171,13 @@ def _tls(draft: Draft) -> None:
         raise ConfigError(
             f"{draft.where('tls_http')}: there is no certificate;"
             " set --tls-cert-path and --tls-key-path too"
+        )
+
+
+def _fair_share(draft: Draft) -> None:
+    if draft.get("fair_share_by") == "api-key" and not draft.get("api_keys_file"):
+        raise ConfigError(
+            f"{draft.where('fair_share_by')}: no client is asked for a key; set --api-keys-file too"
         )
 
 

@@ -1,5 +1,6 @@
 """Settings of the service: network, access, text, logs, life; and `Config`, the whole."""
 
+import re
 from typing import Annotated, Literal, get_args
 
 import msgspec
@@ -129,6 +130,19 @@ class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
             "file of SHA-256 hashes of accepted API keys, one a line",
             check=readable_file("API keys"),
             unset="no key is asked for",
+        ),
+    ] = None
+
+    fair_share_by: Annotated[
+        str | None,
+        Setting(
+            ACCESS,
+            "tenants get equal shares; `api-key` or the metadata entry that tells them apart",
+            check=Check(
+                "api-key, or the name of a metadata entry such as x-tenant",
+                lambda v: bool(re.fullmatch(r"[a-z][a-z0-9_.-]{0,63}", v)),
+            ),
+            unset="first come, first served",
         ),
     ] = None
 

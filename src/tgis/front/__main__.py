@@ -28,6 +28,7 @@ from tgis.front.probe import Doubt, Probe
 from tgis.front.progress import report_progress
 from tgis.front.reload import Watched, keep_fresh
 from tgis.front.streams import Streams
+from tgis.front.tenants import tenants_by
 from tgis.front.tls import Tls
 from tgis.front.tokenize import TextTokenizer
 from tgis.observe import logs
@@ -97,7 +98,14 @@ class Front:
         self.streams.on_failure = self.doubt.rise
         accounts = Accounts(self.metrics, log_prompts=config.log_prompts, tracing=self.tracing)
         adapters = Adapters(self.link, self.metrics, enabled=bool(config.prefix_store_path))
-        intake = Intake(tokenizer, adapters, limits, config.max_concurrent_requests, self.metrics)
+        intake = Intake(
+            tokenizer,
+            adapters,
+            limits,
+            config.max_concurrent_requests,
+            self.metrics,
+            fair=config.fair_share_by is not None,
+        )
         service = GenerationService(
             intake,
             adapters,
@@ -107,6 +115,7 @@ class Front:
             files.kind,
             limits,
             files.pad_token_id,
+            tenants_by(config.fair_share_by),
         )
         self.server = GrpcServer(config, lambda: self.health.is_ready, self._interceptors(config))
         self.server.add_service(GENERATION_SERVICE, service)

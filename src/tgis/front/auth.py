@@ -92,7 +92,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return self._guarded(handler) if self._client_names and handler else handler
 
     def _wrong_key(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
-        given = [key for name, value in metadata if (key := _key_in(name, value)) is not None]
+        given = [key for name, value in metadata if (key := key_in(name, value)) is not None]
         if not given:
             return "no_key"
         assert self._keys is not None
@@ -135,7 +135,7 @@ def _refusal(code: grpc.StatusCode, text: str) -> _Handler:
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _key_in(name: str, value: str | bytes) -> bytes | None:
+def key_in(name: str, value: str | bytes) -> bytes | None:
     """The key in one entry of a call's metadata, if it is one that carries keys."""
     data = value.encode() if isinstance(value, str) else value
     if name == "x-api-key":

@@ -6,7 +6,7 @@ Unary and streaming answers are made from the same pieces, so they cannot differ
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import ExitStack
 
 from tgis.errors import InvalidRequest
@@ -16,6 +16,7 @@ from tgis.front.intake import Input, Intake
 from tgis.front.params import Limits
 from tgis.front.rpc import Context
 from tgis.front.streams import Answer, Piece, Stream, Streams
+from tgis.front.tenants import Metadata
 from tgis.front.tokenize import TextTokenizer
 from tgis.proto import generation_pb2 as pb
 from tgis.types import FinishReason, ModelKind, TokenDetails, TokenOut
@@ -36,10 +37,12 @@ class GenerationService:
         kind: ModelKind,
         limits: Limits,
         pad_id: int | None,
+        tenant_of: Callable[[Metadata], bytes],
     ) -> None:
         self._intake = intake
         self._adapters = adapters
         self._pad_id = pad_id
+        self._tenant_of = tenant_of
         self._streams = streams
         self._tokenizer = tokenizer
         self._accounts = accounts
@@ -55,10 +58,13 @@ class GenerationService:
         with self._accounts.call(kind, texts, request, context) as call:
             if not texts:
                 return pb.BatchedGenerationResponse()
-            with self._intake.permits(len(texts)), ExitStack() as stack:
+            tenant = self._tenant_of(context.invocation_metadata() or ())
+            with self._intake.permits(len(texts), tenant), ExitStack() as stack:
                 inputs = await self._intake.accept(texts, request, call.arrival, stack)
                 call.validated = time.monotonic()
-                streams = [stack.enter_context(self._streams.open(item.job)) for item in inputs]
+                streams = [
+                    stack.enter_context(self._streams.open(item.job, tenant)) for item in inputs
+                ]
                 outputs = call.accepted(streams)
                 answers = await _all(self._collect(call, output) for output in outputs)
                 return pb.BatchedGenerationResponse(
@@ -73,16 +79,17 @@ class GenerationService:
     ) -> AsyncIterator[pb.GenerationResponse]:
         """Generate for one input, piece by piece."""
         texts = [request.request.text]
+        tenant = self._tenant_of(context.invocation_metadata() or ())
         with (
             self._accounts.call("stream", texts, request, context) as call,
-            self._intake.permits(1),
+            self._intake.permits(1, tenant),
             ExitStack() as stack,
         ):
             if not request.HasField("request"):
                 raise InvalidRequest("missing request")
             (item,) = await self._intake.accept(texts, request, call.arrival, stack)
             call.validated = time.monotonic()
-            with self._streams.open(item.job) as stream:
+            with self._streams.open(item.job, tenant) as stream:
                 (output,) = call.accepted([stream])
                 async for message in self._messages(item, call, output):
                     yield message

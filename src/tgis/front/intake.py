@@ -47,6 +47,7 @@ class Intake:
 
     Args:
         max_concurrent: inputs that may be queued or running at the same time.
+        fair: no tenant may hold more permits than it leaves to others.
     """
 
     def __init__(
@@ -56,29 +57,38 @@ class Intake:
         limits: Limits,
         max_concurrent: int,
         metrics: Metrics,
+        fair: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._adapters = adapters
         self._limits = limits
         self._max_concurrent = max_concurrent
         self._num_admitted = 0
+        self._fair = fair
+        self._held: dict[bytes, int] = {}  # permits, by tenant
         self._metrics = metrics
 
     @contextmanager
-    def permits(self, count: int) -> Iterator[None]:
+    def permits(self, count: int, tenant: bytes = b"") -> Iterator[None]:
         """Hold `count` of the permits for concurrent inputs.
 
         Raises:
             Overloaded: not that many are left; nobody waits.
         """
-        if self._num_admitted + count > self._max_concurrent:
+        left = self._max_concurrent - self._num_admitted
+        held = self._held.get(tenant, 0)
+        if count + (held if self._fair else 0) > left:
             self._metrics.count("tgi_request_failure", err="conc_limit")
             raise Overloaded("Model is overloaded")
         self._num_admitted += count
+        self._held[tenant] = held + count
         try:
             yield
         finally:
             self._num_admitted -= count
+            self._held[tenant] -= count
+            if not self._held[tenant]:
+                del self._held[tenant]
 
     async def accept(
         self, texts: Sequence[str], request: Request, arrival: float, stack: ExitStack

@@ -51,7 +51,6 @@ class Job:
     arrival: float  # CLOCK_MONOTONIC seconds, as all times here
     adapter: int = 0  # handle of a lease that outlives the stream; 0 = none
     deadline: float = math.inf
-    tenant: bytes = b""  # who shares the engine fairly with others
     measured: bool = True  # False: a test of our own, which metrics leave out
 
 
@@ -242,8 +241,11 @@ class Streams:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self, job: Job) -> Stream:
+    def open(self, job: Job, tenant: bytes = b"") -> Stream:
         """Register a sequence and hand it to the core.
+
+        Args:
+            tenant: who shares the engine fairly with others.
 
         Raises:
             Unavailable: there is no core that can serve.
@@ -262,7 +264,7 @@ class Streams:
                     job.deadline,
                     job.arrival,
                     job.adapter,
-                    job.tenant,
+                    tenant,
                 )
             )
         except Unavailable:
