@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tgis.engines import hf_state
 from tgis.engines.base import EngineCaps
 from tgis.engines.hf_load import load_model
 from tgis.engines.hf_positions import number_tokens
+from tgis.engines.hf_prompts import Embeddings, patched, takes_patches
 from tgis.engines.hf_state import HfState
 from tgis.engines.padded import Inputs, PaddedEngine
 from tgis.engines.probe import choose_batching
@@ -55,6 +57,8 @@ def load(
     try:
         caps = _caps(network, model, files, dtype, start_id)
         batching = choose_batching(network, caps, pad_id, start_id)
+        if takes_patches(network, network.embeddings, caps.dtype, start_id):
+            caps = replace(caps, soft_prompt_size=network.embeddings.size)
     except ModelError as error:
         raise ModelError(f"Model {files.name} ({type(model).__name__}): {error}") from None
     log.info("%s: %s", type(model).__name__, _BATCHING[batching])
@@ -71,6 +75,7 @@ class HfNetwork:
         self._keeps_logits = "logits_to_keep" in accepted
         self._is_seq2seq = bool(model.config.is_encoder_decoder)
         self._positions = number_tokens(model) if self._is_seq2seq else None
+        self.embeddings = Embeddings(model)
 
     def forward(self, inputs: Inputs, state: HfState | None) -> tuple[Tensor, HfState]:
         """See `Network.forward`."""
@@ -94,6 +99,8 @@ class HfNetwork:
         prepared = self._model.prepare_inputs_for_generation(
             inputs.token_ids, is_first_iteration=state is None, **arguments
         )
+        if inputs.patches:
+            self._embed(inputs, prepared)
         output = self._model(**prepared, return_dict=True)
         return output.logits, _state(output, encoded)
 
@@ -103,9 +110,24 @@ class HfNetwork:
         """See `Network.merge`."""
         return hf_state.merge(parts, width, encoder_width)
 
+    def _embed(self, inputs: Inputs, prepared: dict[str, Any]) -> None:
+        """Give the model embeddings instead of ids."""
+        assert self.embeddings.decoder is not None
+        ids, embeds = "input_ids", "inputs_embeds"
+        if self._is_seq2seq:
+            ids, embeds = f"decoder_{ids}", f"decoder_{embeds}"
+        prepared[ids] = None
+        prepared[embeds] = patched(self.embeddings.decoder, inputs.token_ids, inputs.patches)
+
     def _encode(self, inputs: Inputs) -> Tensor:
+        arguments: dict[str, Any] = {"input_ids": inputs.encoder_ids}
+        if inputs.encoder_patches:
+            assert self.embeddings.encoder is not None
+            assert inputs.encoder_ids is not None
+            ids, patches = inputs.encoder_ids, inputs.encoder_patches
+            arguments = {"inputs_embeds": patched(self.embeddings.encoder, ids, patches)}
         output = self._model.get_encoder()(
-            input_ids=inputs.encoder_ids, attention_mask=inputs.encoder_mask, return_dict=True
+            **arguments, attention_mask=inputs.encoder_mask, return_dict=True
         )
         encoded: Tensor = output.last_hidden_state
         return encoded

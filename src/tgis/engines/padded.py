@@ -15,6 +15,8 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from tgis.adapters.load import Adapter
+from tgis.adapters.prompts import SoftPrompt
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
 from tgis.engines.plan import Row, StepPlan, Want
@@ -36,6 +38,14 @@ class State(Protocol):
 S = TypeVar("S", bound=State)
 
 
+class Patch(NamedTuple):
+    """Embeddings [columns, hidden] instead of those of the ids in some columns of one row."""
+
+    row: int
+    column: int
+    embeddings: Tensor
+
+
 class Inputs(NamedTuple):
     """One forward pass: n rows of q new tokens, after w columns of cache."""
 
@@ -45,6 +55,8 @@ class Inputs(NamedTuple):
     encoder_ids: Tensor | None  # int64 [n, e], padded on the right; first pass only
     encoder_mask: Tensor | None  # int64 [n, e]; None = no encoder
     all_logits: bool  # else those after the last column are enough
+    patches: tuple[Patch, ...] = ()  # of `token_ids`; soft prompts, in the first pass only
+    encoder_patches: tuple[Patch, ...] = ()  # of `encoder_ids`
 
 
 class Network(Protocol[S]):
@@ -97,6 +109,7 @@ class PaddedEngine(Generic[S]):
         self._batching = batching
         self._pad_id = pad_id
         self._batches: dict[int, Batch[S]] = {}  # by slot
+        self._prompts: dict[int, SoftPrompt] = {}  # by handle
 
     def allocate(self, shape: CacheShape) -> None:
         """See `Engine.allocate`; the cache grows with its contents.
@@ -120,6 +133,15 @@ class PaddedEngine(Generic[S]):
         """
         with failed_allocations():
             return self._forward(plan)
+
+    def attach(self, handle: int, adapter: Adapter) -> None:
+        """See `Engine.attach`."""
+        assert isinstance(adapter, SoftPrompt), "caps say that there is nothing else"
+        self._prompts[handle] = adapter
+
+    def detach(self, handle: int) -> None:
+        """See `Engine.detach`."""
+        self._prompts.pop(handle, None)
 
     def release(self, slots: Sequence[int]) -> None:
         """See `Engine.release`; memory goes when the batch is merged anew, or empty."""
@@ -180,11 +202,24 @@ class PaddedEngine(Generic[S]):
             encoder_ids=self._pad(encoder_ids, left=False) if has_encoder else None,
             encoder_mask=right_mask(encoder_lengths),
             all_logits=rows[0].want is Want.ALL,
+            **self._patches(rows, [width - length for length in lengths]),
         )
         out, state = self._network.forward(inputs, None)
         for row, values in zip(rows, out, strict=True):
             _put(places[row.slot], values)
         return Batch([row.slot for row in rows], lengths, encoder_lengths, width, state)
+
+    def _patches(self, rows: list[Row], columns: list[int]) -> dict[str, tuple[Patch, ...]]:
+        """The soft prompts of rows that begin at these columns; encoders' begin at column 0."""
+        patches, encoder_patches = [], []
+        for number, (row, column) in enumerate(zip(rows, columns, strict=True)):
+            if row.prompt:
+                prompt = self._prompts[row.prompt]
+                if prompt.decoder is not None:
+                    patches.append(Patch(number, column, prompt.decoder))
+                if prompt.encoder is not None:
+                    encoder_patches.append(Patch(number, 0, prompt.encoder))
+        return {"patches": tuple(patches), "encoder_patches": tuple(encoder_patches)}
 
     def _decode(self, batch: Batch[S], rows: list[Row], places: dict[int, Tensor]) -> S:
         by_slot = {row.slot: row for row in rows}
