@@ -137,9 +137,12 @@ class Decoder:
         if inputs.lora is not None:
             self.lora.embed_(x, inputs.token_ids, inputs.lora)
         self.group.sum_(x)
-        splice(x, splices)
+        if self.spec.multiplies_prompts:
+            splice(x, splices)
         if self.spec.embedding_multiplier != 1.0:
             x.mul_(self.spec.embedding_multiplier)
+        if not self.spec.multiplies_prompts:
+            splice(x, splices)
         if isinstance(self.spec.positions, Learned) and self._positions is not None:
             rows = inputs.positions + self.spec.positions.offset
             x += functional.embedding(rows, self._positions)

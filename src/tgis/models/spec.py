@@ -85,6 +85,7 @@ class DecoderSpec:
     mlp_bias: bool = False
 
     embedding_multiplier: float = 1.0
+    multiplies_prompts: bool = True  # whether soft prompts are multiplied too, or tokens alone
     embedding_norm: bool = False
     residual_multiplier: float = 1.0  # of what a block adds
 

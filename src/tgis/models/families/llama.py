@@ -104,6 +104,7 @@ def read_gemma(config: ModelConfig) -> DecoderSpec:
             GEMMA_ACTIVATIONS, "hidden_activation", "hidden_act", default="gelu"
         ),
         embedding_multiplier=spec.hidden_size**0.5,
+        multiplies_prompts=False,
         tied_head=config.flag("tie_word_embeddings", default=True),
     )
 
