@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": Command("generate text with a running server", "tgis.cli.client:add_parsers"),
     "chat": Command("talk to a running server", "tgis.cli.client:add_parsers"),
     "batch": Command("answer a whole file of prompts", "tgis.cli.batch:batch"),
+    "bench": Command("measure the steps of a model", "tgis.cli.bench:bench"),
     "health": Command("ask a running server how it is", "tgis.cli.client:add_parsers"),
 }
 

@@ -5,6 +5,7 @@ A kernel takes a pointer to one struct of 8-byte fields; packing it and calling 
 """
 
 import ctypes
+import time
 from collections.abc import Callable
 from struct import Struct
 
@@ -21,6 +22,8 @@ _ERRORS: dict[int, Callable[[], Exception]] = {
 }
 
 _recording: list["Recording"] = []  # the one under way, or none
+_timing: list["Timing"] = []  # likewise
+NAMES: dict[int, str] = {}  # address of a C function -> its name
 
 
 class Recording:
@@ -38,6 +41,25 @@ class Recording:
         _recording.remove(self)
 
 
+class Timing:
+    """While entered, notes what each kernel takes, called or replayed, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, float]] = []  # name, seconds
+
+    def __enter__(self) -> "Timing":
+        _timing.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _timing.remove(self)
+
+
+def timing() -> Timing | None:
+    """The one under way."""
+    return _timing[0] if _timing else None
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _recording[0].empty(shape, dtype) if _recording else torch.empty(shape, dtype=dtype)
 
@@ -52,12 +74,16 @@ def _kernel(name: str, fields: str) -> Callable[..., None]:
     function.argtypes = [ctypes.c_char_p]
     function.restype = ctypes.c_int
     address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    NAMES[address] = name
 
     def call(*arguments: float) -> None:
         struct = pack(*arguments)
         if _recording:
             _recording[0].calls.append((address, struct))
+        start = time.perf_counter() if _timing else 0.0
         error = function(struct)
+        if start and name != "tgis_replay":  # which has noted its calls one by one
+            _timing[0].calls.append((name, time.perf_counter() - start))
         if error:
             raise _ERRORS[error]()
 
@@ -73,7 +99,7 @@ _scale_rows = _kernel("tgis_scale_rows", "ppp iii")
 _argmax = _kernel("tgis_argmax", "pp iiii")
 _linear_bf16 = _kernel("tgis_linear_bf16", "ppppp iii ii")
 _linear_int8 = _kernel("tgis_linear_int8", "ppppp iii ii")
-replay = _kernel("tgis_replay", "pp ii")
+replay = _kernel("tgis_replay", "ppp ii")
 _attention = _kernel("tgis_attention", "pppp ppp pp iii iii ii ii i i i dd")
 
 

@@ -80,19 +80,24 @@ class _Recorded:
             for (function, _), struct in zip(calls, self._structs, strict=True)
         )
         self._calls = ctypes.create_string_buffer(b"".join(packed), _CALL.size * len(calls))
-        self._num_calls = len(calls)
+        self._names = [native.NAMES[function] for function, _ in calls]
 
     def run(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
         copies = b"".join(
             _copy(own, x) for own, x in zip(self._inputs, inputs, strict=True) if own is not None
         )
         held = ctypes.create_string_buffer(copies, len(copies))
+        timing = native.timing()
+        seconds = (ctypes.c_double * len(self._names))() if timing else None
         native.replay(
             ctypes.addressof(held),
             ctypes.addressof(self._calls),
+            ctypes.addressof(seconds) if seconds else 0,
             len(copies) // _COPY.size,
-            self._num_calls,
+            len(self._names),
         )
+        if timing and seconds:
+            timing.calls += zip(self._names, seconds, strict=True)
         return self._result
 
 
