@@ -143,7 +143,11 @@ assert grown <= weights * 1.15 + 100e6, (grown, weights)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "ratio"), [("float32", 1.0), ("bfloat16", 0.5)])
-def test_loading_needs_no_second_copy(tmp_path: Path, dtype: str, ratio: float) -> None:
+@pytest.mark.parametrize("shape", [{}, {"vocab_size": 64000, "tie_word_embeddings": True}])
+def test_loading_needs_no_second_copy(
+    tmp_path: Path, dtype: str, ratio: float, shape: dict[str, Any]
+) -> None:
+    """Not even of a table that is embeddings and head and two fifths of the weights."""
     config = CONFIGS["llama"].to_dict() | {
         "hidden_size": 1024,
         "intermediate_size": 3072,
@@ -151,6 +155,7 @@ def test_loading_needs_no_second_copy(tmp_path: Path, dtype: str, ratio: float) 
         "vocab_size": 16000,
         "num_attention_heads": 16,
         "head_dim": 64,
+        **shape,
     }
     save_checkpoint(tmp_path, type(CONFIGS["llama"])(**config))
     command = [sys.executable, "-c", LOAD, str(tmp_path), dtype, str(ratio)]

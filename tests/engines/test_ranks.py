@@ -207,10 +207,10 @@ def test_a_rank_that_fails_in_a_step(
     block = engines[failing]._decoder._blocks[1]  # type: ignore[attr-defined]
     compute = Block.mlp
 
-    def mlp(self: Block, x: Tensor) -> Tensor:
+    def mlp(self: Block, x: Tensor, *lora: Any) -> Tensor:
         if self is block:
             raise error("in the middle")
-        return compute(self, x)
+        return compute(self, x, *lora)
 
     with monkeypatch.context() as patch:
         patch.setattr(Block, "mlp", mlp)
