@@ -82,7 +82,6 @@ def test_help_and_errors_import_nothing_heavy(argv: list[str]) -> None:
     [
         (["nothing"], "argument COMMAND: invalid choice: 'nothing' (choose from "),
         (["quantize", "m", "out", "--act-order"], "quantize: not supported: this version does not"),
-        (["convert_to_onnx", "m", "out"], "Failed to resolve config path: Model m not found"),
         (["convert-to-onnx", "m"], "the following arguments are required: TARGET; "),
         (["download-weights"], "the following arguments are required: MODEL_NAME; text-generation"),
         (["download-weights", "m", "--bogus"], "unrecognized arguments: --bogus; "),
