@@ -9,7 +9,6 @@ own speed changes from minute to minute.
 """
 
 import argparse
-import asyncio
 import statistics
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from tests.kit.processes import children
 from tests.kit.server import Server, start_server
 
-from benchmarks.load import Result, offer, workloads
+from benchmarks.load import Result, offered, workloads
 from benchmarks.models import SHAPES, make_model
 
 
@@ -35,7 +34,7 @@ def measure(server: Server, names: list[str], rounds: int) -> dict[str, list[Res
     results: dict[str, list[Result]] = {name: [] for name in names}
     for round_ in range(-1, rounds):
         for name in names:
-            result = asyncio.run(offer(server.grpc, calls[name]))
+            result = offered(server.grpc, calls[name])
             if round_ >= 0:
                 results[name].append(result)
     return results

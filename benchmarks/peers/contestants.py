@@ -1,6 +1,5 @@
 """Processes that run workloads: a peer's worker, or a tgis server."""
 
-import asyncio
 import json
 import os
 import random
@@ -16,7 +15,7 @@ from typing import Protocol
 from tests.kit.server import start_server
 
 import tgis
-from benchmarks.load import Call, offer
+from benchmarks.load import Call, offered
 from benchmarks.peers import install
 from benchmarks.peers.figures import Figures
 
@@ -127,7 +126,7 @@ class Tgis:
 
     def run(self, calls: Sequence[Call]) -> Figures:
         """See `Contestant`."""
-        result = asyncio.run(offer(self._server.grpc, calls))
+        result = offered(self._server.grpc, calls)
         first = [trace.first for trace in result.traces]
         gaps = [gap for trace in result.traces for gap in trace.gaps]
         return Figures.of(calls, result.seconds, first, gaps)
