@@ -46,7 +46,8 @@ class Adapter:
         together = 4 // dtype.itemsize  # inputs that lie side by side
         rows, cols = weight.shape
         padded = functional.pad(weight.to(dtype), (0, -cols % together, 0, -rows % _OUTPUTS))
-        packed = padded.view(len(padded), -1, together).transpose(0, 1).contiguous()
+        blocks = padded.view(len(padded) // _OUTPUTS, _OUTPUTS, -1, together)
+        packed = blocks.transpose(1, 2).contiguous()
         self._tensors.append(packed)
         return packed.data_ptr()
 

@@ -1,8 +1,9 @@
 // What low-rank adapters add to a layer's output: y += (x A') B', each row with its own adapter.
 //
 // Rows of one adapter are computed together, so that its weights are read once for up to 8 of them.
-// Weights lie as [inputs / 2][outputs][2] in bfloat16, as [inputs][outputs] in float32; outputs are
-// rounded up to a multiple of 16, and so are all ranks together; a part's rank is even.
+// Weights lie as [outputs / 16][inputs / 2][16][2] in bfloat16, as [outputs / 16][inputs][16] in
+// float32: they are read from one end to the other. Outputs are rounded up to a multiple of 16, and so
+// are all ranks together; a part's rank is even.
 
 #include <stdlib.h>
 
@@ -11,6 +12,8 @@
 #define MAX_PARTS 3  // of a layer's output, one after the other: queries, keys, values
 #define GROUP 8      // rows that are computed together
 #define CHUNK 256    // outputs that a thread takes at a time
+#define STEP 64      // bytes of the weights of 16 outputs from one input, or pair of them
+#define AHEAD 2048   // bytes between what is asked for and what is computed
 
 struct site {               // one adapter's weights of one layer
   const void *a;            // inputs -> ranks of all parts; null: it has none
@@ -46,12 +49,12 @@ INLINE vf add_pairs(vf sum, vu w, const char *x) {
 #endif
 }
 
-// VL outputs of m rows. `stride`: bytes from one input, or pair of inputs, to the next.
-INLINE void multiply(const char *w, int64_t stride, int64_t in, const char *const *x, int m,
-                     int bf16, vf *sums) {
+// VL outputs of m rows.
+INLINE void multiply(const char *w, int64_t in, const char *const *x, int m, int bf16, vf *sums) {
   for (int i = 0; i < m; i++) sums[i] = splat(0);
   if (!bf16) {
-    for (int64_t k = 0; k < in; k++, w += stride) {
+    for (int64_t k = 0; k < in; k++, w += STEP) {
+      __builtin_prefetch(w + AHEAD);
       const vf v = load(w, 0);
       for (int i = 0; i < m; i++) sums[i] += v * ((const float *)x[i])[k];
     }
@@ -59,7 +62,8 @@ INLINE void multiply(const char *w, int64_t stride, int64_t in, const char *cons
   }
   vu v;
   int64_t k = 0;
-  for (; k + 2 <= in; k += 2, w += stride) {
+  for (; k + 2 <= in; k += 2, w += STEP) {
+    __builtin_prefetch(w + AHEAD);
     memcpy(&v, w, sizeof v);
     for (int i = 0; i < m; i++) sums[i] = add_pairs(sums[i], v, x[i] + 2 * k);
   }
@@ -73,16 +77,21 @@ INLINE void multiply(const char *w, int64_t stride, int64_t in, const char *cons
 }
 
 // For a group of any size; what it computes beyond its rows is of no use.
-INLINE void multiply_any(const char *w, int64_t stride, int64_t in, const char *const *x, int64_t n,
-                         int bf16, vf *sums) {
+INLINE void multiply_any(const char *w, int64_t in, const char *const *x, int64_t n, int bf16,
+                         vf *sums) {
   if (n > 4)
-    multiply(w, stride, in, x, 8, bf16, sums);
+    multiply(w, in, x, 8, bf16, sums);
   else if (n > 2)
-    multiply(w, stride, in, x, 4, bf16, sums);
+    multiply(w, in, x, 4, bf16, sums);
   else if (n == 2)
-    multiply(w, stride, in, x, 2, bf16, sums);
+    multiply(w, in, x, 2, bf16, sums);
   else
-    multiply(w, stride, in, x, 1, bf16, sums);
+    multiply(w, in, x, 1, bf16, sums);
+}
+
+// Weights of outputs c, ...
+INLINE const char *block(const void *w, int64_t c, int64_t in, int bf16) {
+  return (const char *)w + c / 16 * STEP * (bf16 ? (in + 1) / 2 : in) + c % 16 * 4;
 }
 
 static int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
@@ -123,7 +132,7 @@ INLINE void reduce(const struct low_rank_args *a, const struct group *g, void *t
   const int64_t n = round16(ranks(g->site));
   for (int64_t c = 0; c < n; c += VL) {
     vf sums[GROUP];
-    multiply_any((const char *)g->site->a + 4 * c, 4 * n, a->in, x, g->n, bf16, sums);
+    multiply_any(block(g->site->a, c, a->in, bf16), a->in, x, g->n, bf16, sums);
     for (int64_t i = 0; i < g->n; i++)
       store((char *)at(t, g->row[i] * most + c, bf16), sums[i], bf16);
   }
@@ -141,11 +150,10 @@ INLINE void expand(const struct low_rank_args *a, const struct group *g, const v
   }
   const char *ranks_of[GROUP];
   row_pointers(g, t, most, first_rank, bf16, ranks_of);
-  const int64_t n = a->width[part], stride = 4 * round16(n);
+  const int64_t n = a->width[part], rank = g->site->rank[part];
   for (int64_t c = begin; c < min64(begin + CHUNK, n); c += VL) {
     vf sums[GROUP];
-    multiply_any((const char *)g->site->b[part] + 4 * c, stride, g->site->rank[part], ranks_of,
-                 g->n, bf16, sums);
+    multiply_any(block(g->site->b[part], c, rank, bf16), rank, ranks_of, g->n, bf16, sums);
     for (int64_t i = 0; i < g->n; i++) {
       void *y = (char *)at(a->y, g->row[i] * width + first, y_bf16);
       store_at(y, c, n, load_at(y, c, n, y_bf16) + sums[i], y_bf16);
