@@ -84,7 +84,15 @@ def _make(options: Options, config: Config, job: Job, shards: Sequence[Shard]) -
             return
         from tgis.batch.ray_data import make_shards
 
-        make_shards(job, shards, config, options.in_flight, options.ray, stop=options.stop)
+        due = _due()
+
+        def made(count: int) -> None:
+            if due() or count == len(shards):
+                say(f"{count} of {len(shards)} shards")
+
+        make_shards(
+            job, shards, config, options.in_flight, options.ray, stop=options.stop, made=made
+        )
     except RowFailed as error:
         text = f"{options.input}: {error}; complete shards are kept"
         raise StartupError(text) from None
@@ -110,16 +118,27 @@ def _make_here(options: Options, config: Config, job: Job, shards: Sequence[Shar
 
 
 def _shower() -> Callable[[Progress], None]:
-    """Shows progress every few seconds."""
-    start = last = time.monotonic()
+    """Shows progress now and then."""
+    start, due = time.monotonic(), _due()
 
     def show(progress: Progress) -> None:
+        if due():
+            rate = progress.num_tokens / (time.monotonic() - start)
+            say(f"{progress.num_rows} rows, {progress.num_errors} errors, {rate:.0f} tokens/s")
+
+    return show
+
+
+def _due() -> Callable[[], bool]:
+    """True when some seconds have passed since the last time."""
+    last = time.monotonic()
+
+    def due() -> bool:
         nonlocal last
         now = time.monotonic()
         if now - last < _PROGRESS_SECONDS:
-            return
+            return False
         last = now
-        rate = progress.num_tokens / (now - start)
-        say(f"{progress.num_rows} rows, {progress.num_errors} errors, {rate:.0f} tokens/s")
+        return True
 
-    return show
+    return due

@@ -26,11 +26,14 @@ class _Parser(argparse.ArgumentParser):
 
 def batch(words: Sequence[str]) -> int:
     """Run a job; returns the exit code."""
-    from tgis.cluster.options import take_options
+    from tgis.cluster.options import require_ray, take_options
 
     words, ray = take_options(words)
     given, rest = _parser().parse_known_args(words)
     config = parse(rest, os.environ, SERVE)
+    if ray is not None:
+        require_ray()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     from tgis.batch.run import Options, run  # not before the settings are known to be right
 
     options = Options(

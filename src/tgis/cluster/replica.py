@@ -127,7 +127,9 @@ class Replica:
 
     async def _unary(self, path: str, request: bytes, context: RayServegRPCContext) -> Message:
         metadata = _forwarded(context)
-        call = self._calls().unary_unary(path)(request[_HEADER_BYTES:], metadata=metadata)
+        call = self._calls().unary_unary(path, None, None)(
+            request[_HEADER_BYTES:], metadata=metadata
+        )
         try:
             answer = Message(await call)
             code = grpc.StatusCode.OK
@@ -145,7 +147,9 @@ class Replica:
         metadata = _forwarded(context)
         # Serve takes trailing metadata with a message only, and none comes after the last one.
         context.set_trailing_metadata(list(echoed(dict(metadata))))
-        call = self._calls().unary_stream(path)(request[_HEADER_BYTES:], metadata=metadata)
+        call = self._calls().unary_stream(path, None, None)(
+            request[_HEADER_BYTES:], metadata=metadata
+        )
         try:
             async for message in call:
                 yield Message(message)
