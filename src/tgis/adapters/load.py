@@ -38,13 +38,18 @@ def load(store: Store, adapter_id: str, rules: Rules, known: Identity | None) ->
         if identity == known:
             return None
         kind = directory.kind()
-        adapter = _read(directory, kind, rules)
+        adapter = read(directory, kind, rules)
         if directory.identity() != identity:
             raise Refused("its files are changing; try again", kind=kind)
         return Loaded(kind, adapter, identity)
 
 
-def _read(directory: Directory, kind: AdapterKind, rules: Rules) -> Adapter:
+def read(directory: Directory, kind: AdapterKind, rules: Rules) -> Adapter:
+    """Read and check the adapter of a directory.
+
+    Raises:
+        Refused: the engine does not serve its kind, or it breaks a rule.
+    """
     if kind is AdapterKind.LORA:
         if rules.lora is None:
             raise Refused("this model's engine does not support LoRA", kind=kind)

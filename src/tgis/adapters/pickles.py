@@ -10,6 +10,8 @@ from torch import Tensor
 from tgis.adapters.store import Directory, Refused
 from tgis.types import AdapterKind
 
+_END, _END_BYTES = b"PK\5\6", 22  # of a zip archive
+
 
 def is_plain(value: object) -> TypeGuard[Tensor]:
     """Whether this is a real tensor in memory, and nothing cleverer."""
@@ -47,11 +49,15 @@ def read_pickle(
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        raise Refused(f"{name} is truncated or is no file of torch.save", kind=kind) from None
+        records = []
+    # Nothing behind the directory: that might be another one, for readers that look for it so.
+    if not records or data.rfind(_END) != len(data) - _END_BYTES:
+        raise Refused(f"{name} is truncated or is no file of torch.save", kind=kind)
+    stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+    if not stored or sum(record.file_size for record in records) > len(data):
+        raise Refused(f"{name} is compressed; torch.save does not do that", kind=kind)
     for record in records:
         is_pickle = record.filename.endswith(".pkl")
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size > len(data):
-            raise Refused(f"{name} is compressed; torch.save does not do that", kind=kind)
         if is_pickle and record.file_size > max_pickle_bytes:
             raise Refused(f"{name} holds more than tensors", kind=kind)
     if len(records) > max_records:

@@ -5,27 +5,25 @@ PEFT's prompt tuning (`adapter_model.safetensors` or `.bin`, tensor `prompt_embe
 checks, their order and their texts are TGIS's.
 """
 
-import io
-import json
-import struct
-import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from tgis.adapters.pickles import is_plain, read_pickle
 from tgis.adapters.store import DECODER, ENCODER, Directory, Refused
-from tgis.hub.safetensors import DTYPES
+from tgis.adapters.tensors import stored_tensors
 from tgis.types import AdapterKind, ModelKind
 
 _PEFT_KEY = "prompt_embeddings"
-_MAX_HEADER_BYTES = 1 << 20  # of a safetensors file with one tensor that matters
 _MAX_PICKLE_BYTES = 1 << 16  # of a .pt file, which describes one tensor
 _MAX_RECORDS = 64  # files in a .pt archive
 # A prompt of more rows than allowed is still read, if it is not much more, to say how many it has.
 _READ_ROWS = 8
 _WIDEST = 8  # bytes of a float64
+_MOST_BYTES = 1 << 30  # of any file
+_UNKNOWN_SIZE = 1 << 16
 _GRANULE = 512  # bytes that a tensor's size is rounded up to, as TGIS does
 
 
@@ -34,13 +32,13 @@ class PromptRules:
     """What a soft prompt must fit.
 
     Attributes:
-        size: of the model's embeddings.
+        size: of the model's embeddings; None = not known, any will do.
         dtype: of the model's arithmetic.
         max_length: most rows of one tensor.
     """
 
     kind: ModelKind
-    size: int
+    size: int | None
     dtype: torch.dtype
     max_length: int
 
@@ -80,11 +78,10 @@ def load_prompt(directory: Directory, rules: PromptRules) -> SoftPrompt:
         Refused: there is none, or it breaks a rule.
     """
     is_seq2seq = rules.kind is ModelKind.ENCODER_DECODER
-    if (name := directory.peft_file()) is not None:
+    if directory.peft_file() is not None:
         if is_seq2seq:
             raise _refused("encoder-decoder architectures not supported for peft models")
-        read = _read_safetensors if name.endswith(".safetensors") else _read_peft_pickle
-        return SoftPrompt(_check(read(directory, name, rules), rules))
+        return SoftPrompt(_read_peft(directory, rules))
     prompt = SoftPrompt(
         _read_part(directory, DECODER, rules),
         _read_part(directory, ENCODER, rules) if is_seq2seq else None,
@@ -98,101 +95,52 @@ def load_prompt(directory: Directory, rules: PromptRules) -> SoftPrompt:
 def _read_part(directory: Directory, name: str, rules: PromptRules) -> Tensor | None:
     if name not in directory.names:
         return None
-    return _check(_read_pickle(directory, name, rules), rules)
-
-
-def _check(tensor: object, rules: PromptRules) -> Tensor:
-    """The tensor in the model's dtype, if it obeys the rules; their order is TGIS's."""
-    if not _is_plain(tensor) or tensor.ndim != 2:
+    limit = _most_bytes(rules)
+    tensor = read_pickle(
+        directory, name, AdapterKind.PROMPT, limit, _MAX_PICKLE_BYTES, _MAX_RECORDS
+    )
+    if not is_plain(tensor):
         raise _refused("Invalid prefix embedding tensor")
-    length, size = tensor.shape
+    _check_shape(tensor.dtype, tensor.shape, rules)
+    return _converted(tensor, rules.dtype)
+
+
+def _read_peft(directory: Directory, rules: PromptRules) -> Tensor:
+    stored = stored_tensors(directory, AdapterKind.PROMPT, _most_bytes(rules)).get(_PEFT_KEY)
+    if stored is None:
+        raise _refused(f"{directory.peft_file()} has no tensor {_PEFT_KEY}")
+    _check_shape(stored.dtype, stored.shape, rules)
+    return _converted(stored.rows(stored.shape[0]), rules.dtype)
+
+
+def _check_shape(dtype: torch.dtype, shape: Sequence[int], rules: PromptRules) -> None:
+    """The first rules; their order is TGIS's."""
+    if len(shape) != 2 or not dtype.is_floating_point or dtype.itemsize == 1:
+        raise _refused("Invalid prefix embedding tensor")
+    length, size = shape
     if not 1 <= length <= rules.max_length:
         raise _refused(f"Invalid prefix embedding length of {length}")
     if rules.kind is ModelKind.ENCODER_DECODER and length % 2:
         raise _refused("Encoder/decoder prefix tensor must be of even length")
-    if size != rules.size:
+    if rules.size not in (None, size):
         raise _refused(f"Prefix embedding tensor dim {size} does not match model ({rules.size})")
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the model's dtype, if all of it is finite."""
     if not tensor.isfinite().all():
         raise _refused("Prefix contains non-finite elements")
-    converted = tensor.to(rules.dtype, copy=True, memory_format=torch.contiguous_format)
+    converted = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     if not converted.isfinite().all():
-        raise _refused(
-            "Prefix contains non-finite elements after conversion"
-            f" from {tensor.dtype} to {rules.dtype}"
-        )
+        text = f"Prefix contains non-finite elements after conversion from {tensor.dtype} to"
+        raise _refused(f"{text} {dtype}")
     return converted
 
 
-def _is_plain(value: object) -> TypeGuard[Tensor]:
-    """Whether this is a real tensor of numbers that can be embeddings, and nothing cleverer."""
-    return (
-        type(value) in (Tensor, torch.nn.Parameter)
-        and isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and value.device.type == "cpu"
-        and value.is_floating_point()
-        and value.dtype.itemsize > 1
-    )
-
-
 def _most_bytes(rules: PromptRules) -> int:
-    rows = _READ_ROWS * rules.max_length * rules.size * _WIDEST
-    return rows + _MAX_HEADER_BYTES
-
-
-def _read_safetensors(directory: Directory, name: str, rules: PromptRules) -> Tensor:
-    """The tensor `prompt_embeddings`; nothing else of the file's data is read."""
-    (length,) = struct.unpack("<Q", directory.read(name, 8, 0, 8))
-    if not 2 <= length <= min(directory.size(name) - 8, _MAX_HEADER_BYTES):
-        raise _refused(f"{name} has a broken safetensors header, or none")
-    try:
-        entry = json.loads(directory.read(name, length, 8, 8 + length))[_PEFT_KEY]
-        dtype = DTYPES[entry["dtype"]]
-        shape = [int(size) for size in entry["shape"]]
-        start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _refused(f"{name} has no tensor {_PEFT_KEY}") from None
-    if len(shape) != 2 or min(shape) < 0:
-        raise _refused("Invalid prefix embedding tensor")
-    if stop - start != shape[0] * shape[1] * dtype.itemsize or start < 8 + length:
-        raise _refused(f"{name} has a broken safetensors header, or none")
-    data = directory.read(name, _most_bytes(rules), start, stop)
-    if not data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-
-
-def _read_peft_pickle(directory: Directory, name: str, rules: PromptRules) -> object:
-    tensors = _read_pickle(directory, name, rules)
-    if not isinstance(tensors, dict) or _PEFT_KEY not in tensors:
-        raise _refused(f"{name} has no tensor {_PEFT_KEY}")
-    return tensors[_PEFT_KEY]
-
-
-def _read_pickle(directory: Directory, name: str, rules: PromptRules) -> object:
-    """What torch has saved, as plain data: no code is run, and nothing is unpacked.
-
-    Only the archive format is taken, whose size says how much memory it can need.
-    """
-    data = directory.read(name, _most_bytes(rules))
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        raise _refused(f"{name} is truncated or is no file of torch.save") from None
-    for record in records:
-        is_pickle = record.filename.endswith(".pkl")
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size > len(data):
-            raise _refused(f"{name} is compressed; torch.save does not do that")
-        if is_pickle and record.file_size > _MAX_PICKLE_BYTES:
-            raise _refused(f"{name} holds more than tensors")
-    if len(records) > _MAX_RECORDS:
-        raise _refused(f"{name} holds more than tensors")
-    try:
-        found: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # whatever a broken or hostile file makes of the library
-        raise _refused(f"{name} is broken or holds more than tensors") from None
-    return found
+    """Of a file that is read at all."""
+    size = rules.size or _UNKNOWN_SIZE
+    return min(_READ_ROWS * rules.max_length * size * _WIDEST + _MAX_PICKLE_BYTES, _MOST_BYTES)
 
 
 def _rounded(tensor: Tensor) -> int:

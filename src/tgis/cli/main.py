@@ -28,6 +28,8 @@ COMMANDS = {
     "chat": Command("talk to a running server", "tgis.cli.client:add_parsers"),
     "batch": Command("answer a whole file of prompts", "tgis.cli.batch:batch"),
     "bench": Command("measure the steps of a model", "tgis.cli.bench:bench"),
+    "adapters": Command("list or check soft prompts and LoRA", "tgis.cli.adapters:add_parsers"),
+    "plan": Command("how many replicas a load needs", "tgis.cli.plan:plan"),
     "health": Command("ask a running server how it is", "tgis.cli.client:add_parsers"),
 }
 
