@@ -230,18 +230,21 @@ def test_a_rank_that_is_stuck_is_named(demo_model_dir: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["supervisor", "core"])
+@pytest.mark.parametrize("victim", ["supervisor", "front", "core"])
 def test_no_rank_outlives_the_server(demo_model_dir: Path, tmp_path: Path, victim: str) -> None:
+    before = shared_memory()
     server = start_server(demo_model_dir, tmp_path, "--num-shard", "2")
     try:
         server.wait_ready()
         pids = children(server.process.pid)
         ranks = ranks_of(server)
-        os.kill(server.process.pid if victim == "supervisor" else pids["tgis.core"], signal.SIGKILL)
+        pids["supervisor"] = server.process.pid
+        os.kill(pids[victim if victim == "supervisor" else f"tgis.{victim}"], signal.SIGKILL)
         wait_until(lambda: not any(alive(pid) for pid in (pids["tgis.core"], *ranks)))
         zombies = [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
         if victim == "core":  # nobody is left unburied either
             wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in zombies))
+        assert shared_memory() <= before
     finally:
         if server.process.poll() is None:
             server.kill()
