@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,17 +78,16 @@ def test_the_chosen_replica_has_not_much_more_than_the_others(loads: list[int]) 
     names = NAMES[: len(loads)]
     mean = sum(loads) / len(loads)
     by_name = dict(zip(names, loads, strict=True))
-    chosen = choose(names, by_name, mean)
+    chosen = choose(names, by_name.__getitem__, mean)
     assert chosen is not None  # one always has no more than the mean
     assert by_name[chosen] < BOUND * mean + 1
     passed = names[: names.index(chosen)]
     assert all(by_name[name] >= BOUND * mean + 1 for name in passed)
 
 
-@pytest.mark.parametrize("loads", [{}, {"a": 0}])
-def test_the_first_is_chosen_when_nobody_works(loads: dict[str, float]) -> None:
-    assert choose(["a", "b"], loads, 0.0) == "a"
+def test_the_first_is_chosen_when_nobody_works() -> None:
+    assert choose(["a", "b"], lambda _: 0, 0.0) == "a"
 
 
 def test_nobody_is_chosen_when_all_are_too_busy() -> None:
-    assert choose(["a"], {"a": 3}, 1.0) is None
+    assert choose(["a"], lambda _: 3, 1.0) is None

@@ -69,12 +69,18 @@ def ray_directory() -> Iterator[Path]:
 
 
 @contextmanager
-def run_on_ray(model: Path, *flags: str) -> Iterator[Server]:
-    """Replicas behind Serve's proxies for the length of a block; nothing is left afterwards."""
+def run_on_ray(
+    model: Path, *flags: str, dtype: str = "float32", env: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Replicas behind Serve's proxies for the length of a block; nothing is left afterwards.
+
+    Args:
+        env: variables on top of an environment that configures nothing.
+    """
     require_ray()
     grpc_port, http_port = free_ports(2)
     with ray_directory() as directory:
-        command = [sys.executable, "-m", "tgis.cli.main", "serve", str(model), "--dtype", "float32"]
+        command = [sys.executable, "-m", "tgis.cli.main", "serve", str(model), "--dtype", dtype]
         command += ["--host", "127.0.0.1", "--grpc-port", str(grpc_port), "--port", str(http_port)]
         log_path = directory / "server.log"
         with log_path.open("wb") as log:
@@ -83,7 +89,7 @@ def run_on_ray(model: Path, *flags: str) -> Iterator[Server]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=ray_environment(directory),
+                env=ray_environment(directory) | (env or {}),
                 cwd=directory,
                 start_new_session=True,
             )

@@ -7,7 +7,7 @@ Routers need no common memory, and few prompts move when a replica comes or goes
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 
 from tgis.proto import generation_pb2 as pb
@@ -57,15 +57,15 @@ class Ring:
                 yield name
 
 
-def choose(order: Iterable[str], loads: Mapping[str, float], mean: float) -> str | None:
+def choose(order: Iterable[str], load_of: Callable[[str], float], mean: float) -> str | None:
     """The first replica whose load is within the bound; None if there is none.
 
     Args:
-        loads: requests that each replica has; one that is missing has none.
+        load_of: requests that a replica has.
         mean: of all replicas.
     """
     most = BOUND * mean + 1
-    return next((name for name in order if loads.get(name, 0) < most), None)
+    return next((name for name in order if load_of(name) < most), None)
 
 
 def _hash(data: bytes) -> bytes:

@@ -39,7 +39,7 @@ class PrefixRouter(ConsistentHashRouter):  # type: ignore[misc]
         loads = {name: length or 0 for name, length in lengths.items()}
         mean = sum(loads.values()) / max(1, len(loads))
         order = [name for name in self._ring.walk(key) if name in names]
-        chosen = choose(order, loads, mean)
+        chosen = choose(order, loads.__getitem__, mean)
         return [others] if chosen is None else [[self._by_name[chosen]], others]
 
 

@@ -1,0 +1,89 @@
+"""What Ray Serve's proxy costs: a server behind it against the same server asked directly.
+
+    python -m benchmarks.ray_serve --shape M
+
+Both run at the same time with the same settings and are asked in turns; the idle one waits.
+"""
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import grpc
+from tests.kit.ray_cluster import run_on_ray
+from tests.kit.server import Server, start_server
+
+from benchmarks.load import Call, Result, offer, percentile
+from benchmarks.models import SHAPES, make_model
+from tgis.proto import generation_pb2 as pb
+from tgis.proto import generation_pb2_grpc as pb_grpc
+
+STREAMS = (1, 8, 32)
+
+
+async def unary(address: str, number: int) -> list[float]:
+    """Seconds of calls for one token, one after the other."""
+    single = Call(16, 1).message()
+    request = pb.BatchedGenerationRequest(requests=[single.request], params=single.params)
+    seconds = []
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        for _ in range(number):
+            start = time.perf_counter()
+            await stub.Generate(request)
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(servers: dict[str, Server], rounds: int) -> None:
+    """Print every figure as Markdown."""
+    latencies: dict[str, list[float]] = {name: [] for name in servers}
+    results: dict[tuple[int, str], list[Result]] = {}
+    for round_ in range(-1, rounds):
+        for name, server in servers.items():
+            seconds = asyncio.run(unary(server.grpc, 40))
+            latencies[name] += seconds if round_ >= 0 else []
+        for streams in STREAMS:
+            calls = [Call(128, 128, seed) for seed in range(streams)]
+            for name, server in servers.items():
+                result = asyncio.run(offer(server.grpc, calls))
+                if round_ >= 0:
+                    results.setdefault((streams, name), []).append(result)
+    print("| one token, one call at a time, ms | p50 | p99 |\n|---|---|---|")
+    for name, seconds in latencies.items():
+        figures = [percentile(seconds, percent) * 1e3 for percent in (50, 99)]
+        print(f"| {name} | {figures[0]:.2f} | {figures[1]:.2f} |")
+    print("\n| streams | | tokens/s | ttft p50 | itl p50 | itl p99 |\n|---|---|---|---|---|---|")
+    for (streams, name), rounds_ in results.items():
+        rows = [result.row() for result in rounds_]
+        keys = ("tokens/s", "ttft p50", "itl p50", "itl p99")
+        cells = [f"{statistics.median(row[key] for row in rows):.1f}" for key in keys]
+        print(f"| {streams} | {name} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="M")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("server_flags", nargs="*")
+    arguments = parser.parse_args()
+    model = make_model(
+        arguments.shape, Path(tempfile.gettempdir()) / f"tgis-benchmark-{arguments.shape}"
+    )
+    flags = ["--prefix-caching=false", *arguments.server_flags]
+    with tempfile.TemporaryDirectory() as directory:
+        direct = start_server(model, Path(directory), *flags, dtype="bfloat16")
+        try:
+            direct.wait_ready(300)
+            with run_on_ray(model, *flags, dtype="bfloat16") as through:
+                measure({"direct": direct, "Serve": through}, arguments.rounds)
+        finally:
+            direct.stop(30)
+
+
+if __name__ == "__main__":
+    main()
