@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev run test test-slow lint types floors check format proto docs clean
+.PHONY: help install install-dev install-ray run test test-slow lint types floors check format proto docs clean
 .PHONY: build build-cuda build-test-image integration-tests
 
 help: ## Show this list
@@ -28,6 +28,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 install: $(VENV)/.installed ## Prepare the environment in .venv
 
 install-dev: $(VENV)/.installed-dev ## The same, with what tests and linters need
+
+install-ray: $(VENV)/.installed-dev ## The same, with Ray for its slow tests
+	$(PIP) --editable ".[ray]"
 
 run: install ## Serve the demo model, or MODEL_NAME, on gRPC 8033 and HTTP 3000
 	@exec $(BIN)/tgis serve

@@ -7,13 +7,14 @@ Both run at the same time with the same settings and are asked in turns; the idl
 
 import argparse
 import asyncio
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import grpc
-from tests.kit.ray_cluster import run_on_ray
+from tests.kit.ray_cluster import REPLICA, named, run_on_ray
 from tests.kit.server import Server, start_server
 
 from benchmarks.load import Call, Result, offer, percentile
@@ -36,6 +37,26 @@ async def unary(address: str, number: int) -> list[float]:
             await stub.Generate(request)
             seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def cost_per_token(server: Server) -> None:
+    """Print the CPU time of every process on a token's way, at the largest number of streams."""
+    pid = server.process.pid
+    parts = {"proxy": "ray::ProxyActor", "replica's actor": REPLICA, "front": "tgis.front"}
+    pids = {name: next(iter(named(pid, line))) for name, line in parts.items()}
+    before = {name: cpu_seconds(number) for name, number in pids.items()}
+    calls = [Call(128, 128, seed) for seed in range(max(STREAMS))]
+    asyncio.run(offer(server.grpc, calls))
+    tokens = sum(call.new_tokens for call in calls)
+    print("\n| CPU time of a streamed token | µs |\n|---|---|")
+    for name, number in pids.items():
+        print(f"| {name} | {(cpu_seconds(number) - before[name]) / tokens * 1e6:.0f} |")
 
 
 def measure(servers: dict[str, Server], rounds: int) -> None:
@@ -81,6 +102,7 @@ def main() -> None:
             direct.wait_ready(300)
             with run_on_ray(model, *flags, dtype="bfloat16") as through:
                 measure({"direct": direct, "Serve": through}, arguments.rounds)
+                cost_per_token(through)
         finally:
             direct.stop(30)
 

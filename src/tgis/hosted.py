@@ -53,7 +53,6 @@ class HostedServer:
                 stderr=log,
                 start_new_session=True,  # the terminal's Ctrl-C is the owner's alone
             )
-        self._host = config.host
         self._channel: Channel[Serving | Fatal] = Channel(ours, Serving | Fatal)
         with contextlib.suppress(OSError):  # its exit is reported by `wait`
             self._channel.send(Host(config))
@@ -82,9 +81,7 @@ class HostedServer:
 
     def stop(self, seconds: float = _STOP_SECONDS) -> None:
         """End it; what is left of it after some seconds is killed."""
-        self._channel.sock.close()
-        with contextlib.suppress(ProcessLookupError):
-            self.process.terminate()
+        self._channel.sock.close()  # tells it; a signal besides would end it at once
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
