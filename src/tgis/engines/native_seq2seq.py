@@ -21,6 +21,7 @@ from tgis.models.collectives import Group
 from tgis.models.families.t5 import read_seq2seq_spec
 from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
+from tgis.models.lora import LoraAdapter
 from tgis.models.model_config import ModelConfig
 from tgis.models.packing import read_packing
 from tgis.models.seq2seq import Caches, Seq2Seq
@@ -82,6 +83,7 @@ class NativeSeq2SeqEngine:
         self._caches: Caches | None = None
         self._encoder_len: dict[int, int] = {}  # by slot
         self._prompts: dict[int, SoftPrompt] = {}  # by handle
+        self._loras: dict[int, LoraAdapter] = {}
         self.caps = EngineCaps(
             name="tgis_native",
             kind=ModelKind.ENCODER_DECODER,
@@ -97,6 +99,7 @@ class NativeSeq2SeqEngine:
             dtype=str(network.dtype).removeprefix("torch."),
             kv_granule=page_tokens(spec.head_dim, network.dtype),
             soft_prompt_size=spec.hidden_size,
+            lora_targets=network.lora.targets,
         )
 
     def allocate(self, shape: CacheShape) -> None:
@@ -117,7 +120,8 @@ class NativeSeq2SeqEngine:
             tokens = NewTokens()
             for row in plan.rows:
                 prompt = self._prompts[row.prompt].decoder if row.prompt else None
-                tokens.add(row.slot, row.token_ids, row.start, row.num_logits, prompt)
+                lora = self._address(row)
+                tokens.add(row.slot, row.token_ids, row.start, row.num_logits, prompt, lora)
             lengths = [self._encoder_len[row.slot] for row in plan.rows]
             encoder_len = torch.tensor(lengths, dtype=torch.int32)
             inputs = tokens.inputs(None)
@@ -125,12 +129,16 @@ class NativeSeq2SeqEngine:
 
     def attach(self, handle: int, adapter: Adapter) -> None:
         """See `Engine.attach`."""
-        assert isinstance(adapter, SoftPrompt), "caps say that there is nothing else"
-        self._prompts[handle] = adapter
+        if isinstance(adapter, SoftPrompt):
+            self._prompts[handle] = adapter
+        else:
+            with failed_allocations():
+                self._loras[handle] = self._network.lora.attach(adapter.pairs)
 
     def detach(self, handle: int) -> None:
         """See `Engine.detach`."""
         self._prompts.pop(handle, None)
+        self._loras.pop(handle, None)
 
     def release(self, slots: Sequence[int]) -> None:
         """See `Engine.release`."""
@@ -147,8 +155,12 @@ class NativeSeq2SeqEngine:
             return
         inputs = [row.encoder_ids or [] for row in rows]
         prompts = [self._prompts[row.prompt].encoder if row.prompt else None for row in rows]
-        self._network.encode([row.slot for row in rows], inputs, caches, prompts)
+        loras = [self._address(row) for row in rows]
+        self._network.encode([row.slot for row in rows], inputs, caches, prompts, loras)
         self._encoder_len |= {row.slot: len(ids) for row, ids in zip(rows, inputs, strict=True)}
+
+    def _address(self, row: Row) -> int:
+        return self._loras[row.lora].address if row.lora else 0
 
     def _rows(self, shape: CacheShape) -> RowsCache:
         spec = self._network.spec

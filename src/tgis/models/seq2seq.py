@@ -17,11 +17,11 @@ from tgis.models.attention.rows import operators
 from tgis.models.collectives import Exchange, Group
 from tgis.models.inputs import NewTokens, Splice, StepInputs, splice
 from tgis.models.kv_cache import LayerCache, RowsCache
+from tgis.models.lora import Adaptable
 from tgis.models.parallel import VocabularyTable
 from tgis.models.relative_bias import bias_table
 from tgis.models.seq2seq_spec import Seq2SeqSpec
 from tgis.models.seq2seq_weights import Seq2SeqWeights
-from tgis.quant.linear import Linear
 
 _HALF_MAX = torch.finfo(torch.float16).max - 1000
 
@@ -37,20 +37,20 @@ class Caches:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
     norm: Tensor
-    qkv: Linear
-    out: Linear
+    qkv: Adaptable
+    out: Adaptable
     mlp_norm: Tensor
-    mlp_in: Linear
-    mlp_out: Linear
+    mlp_in: Adaptable
+    mlp_out: Adaptable
     cross: "_Cross | None" = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Cross:
     norm: Tensor
-    q: Linear
-    kv: Linear
-    out: Linear
+    q: Adaptable
+    kv: Adaptable
+    out: Adaptable
 
 
 class _Scratch(NamedTuple):
@@ -88,6 +88,7 @@ class Seq2Seq:
         self._encoder_norm = weights.norm("encoder.final_layer_norm")
         self._decoder_norm = weights.norm("decoder.final_layer_norm")
         self.num_heads = len(self._encoder_bias)  # of this rank
+        self.lora = weights.lora
         weights.finish()
 
     def encode(
@@ -96,22 +97,25 @@ class Seq2Seq:
         inputs: Sequence[Sequence[int]],
         caches: Caches,
         prompts: Sequence[Tensor | None],
+        loras: Sequence[int],
     ) -> None:
         """Read whole inputs and keep what the decoder will want of each in its slot.
 
         Args:
             prompts: the embeddings [n, hidden] of each input's first n tokens, if they are those of
                 a soft prompt.
+            loras: the address of each input's LoRA adapter; 0: it has none.
         """
         tokens, here = NewTokens(), NewTokens()
-        for row, (slot, ids, prompt) in enumerate(zip(slots, inputs, prompts, strict=True)):
-            here.add(row, ids, 0, 0, prompt)
-            tokens.add(slot, ids, 0, 0)
+        rows = zip(slots, inputs, prompts, loras, strict=True)
+        for row, (slot, ids, prompt, lora) in enumerate(rows):
+            here.add(row, ids, 0, 0, prompt, lora)
+            tokens.add(slot, ids, 0, 0, lora=lora)
         states = self._encoder_states(here, max(map(len, inputs)))
         kept = tokens.inputs(None)
         for block, cache in zip(self._decoder, caches.cross.layers, strict=True):
             assert block.cross is not None
-            self._store(block.cross.kv(states), cache, kept, num_heads=0)
+            self._store(block.cross.kv(states, kept.lora), cache, kept, num_heads=0)
 
     def decode(
         self,
@@ -135,17 +139,17 @@ class Seq2Seq:
         layers = zip(self._decoder, caches.own.layers, caches.cross.layers, strict=True)
         for block, own, cross in layers:
             x = self._norm(stream, block.norm, addition)
-            q = self._store(block.qkv(x), own, inputs, self.num_heads)
+            q = self._store(block.qkv(x, inputs.lora), own, inputs, self.num_heads)
             bias = self._decoder_bias
             attended = self._attend(q, own, inputs, inputs.kv_len, bias, causal=True)
-            attended = self.group.sum_(block.out(attended))
+            attended = self.group.sum_(block.out(attended, inputs.lora))
             assert block.cross is not None
             x = self._norm(stream, block.cross.norm, attended)
-            q = block.cross.q(x).view(q.shape)
+            q = block.cross.q(x, inputs.lora).view(q.shape)
             attended = self._attend(q, cross, inputs, encoder_len, None, causal=False)
-            attended = self.group.sum_(block.cross.out(attended))
-            addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended))
-        return self._logits(stream, addition, inputs.logits_index)
+            attended = self.group.sum_(block.cross.out(attended, inputs.lora))
+            addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended), inputs.lora)
+        return self._logits(stream, addition, inputs)
 
     def exchanges(self, num_encoded: int, num_tokens: int, num_logits: int) -> list[Exchange]:
         """What ranks exchange in a step: both stacks' embeddings and blocks, then logits.
@@ -174,11 +178,11 @@ class Seq2Seq:
         addition: Tensor | None = None
         for block in self._encoder:
             x = self._norm(stream, block.norm, addition)
-            q = self._store(block.qkv(x), scratch, inputs, self.num_heads)
+            q = self._store(block.qkv(x, inputs.lora), scratch, inputs, self.num_heads)
             bias = self._encoder_bias
             attended = self._attend(q, scratch, inputs, inputs.kv_len, bias, causal=False)
-            attended = self.group.sum_(block.out(attended))
-            addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended))
+            attended = self.group.sum_(block.out(attended, inputs.lora))
+            addition = self._mlp(block, self._norm(stream, block.mlp_norm, attended), inputs.lora)
         return self._norm(stream, self._encoder_norm, addition)
 
     def _embed(self, inputs: StepInputs, splices: Sequence[Splice]) -> Tensor:
@@ -227,20 +231,22 @@ class Seq2Seq:
         )
         return out
 
-    def _mlp(self, block: _Block, x: Tensor) -> Tensor:
+    def _mlp(self, block: _Block, x: Tensor, lora: Tensor | None) -> Tensor:
         activate = self._ops.act_mul if self.spec.gated_mlp else self._ops.act
-        inner: Tensor = activate(block.mlp_in(x), self.spec.activation)
-        return self.group.sum_(block.mlp_out(inner.float())).to(self.dtype)
+        inner: Tensor = activate(block.mlp_in(x, lora), self.spec.activation)
+        return self.group.sum_(block.mlp_out(inner.float(), lora)).to(self.dtype)
 
-    def _logits(self, stream: Tensor, addition: Tensor | None, index: Tensor) -> Tensor:
+    def _logits(self, stream: Tensor, addition: Tensor | None, inputs: StepInputs) -> Tensor:
+        index, lora = inputs.logits_index, inputs.lora
         if len(index) < len(stream):
+            lora = None if lora is None else lora.index_select(0, index)
             stream = stream.index_select(0, index)
             addition = None if addition is None else addition.index_select(0, index)
         if len(index):
             x = self._norm(stream, self._decoder_norm, addition)
             if self.spec.scaled_logits:
                 x = x * self.spec.hidden_size**-0.5
-            logits = self._head(x)
+            logits = self._head(x, lora)
         else:
             logits = torch.empty(0, self._embedding.num_rows)
         return self.group.gather(logits, self.spec.vocab_size)

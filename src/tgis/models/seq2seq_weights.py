@@ -1,14 +1,17 @@
 """Parameters of an encoder-decoder network, by the names of T5's checkpoints."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from tgis.errors import ModelError
 from tgis.hub.safetensors import Checkpoint
+from tgis.models.lora import SAMPLE_ROWS, Adaptable, LoraSites
 from tgis.models.packing import PLAIN, Packing
 from tgis.models.parallel import Shard
 from tgis.models.seq2seq_spec import Seq2SeqSpec
-from tgis.quant.linear import Linear, LinearSource, Piece, load_linear
+from tgis.quant.linear import LinearSource, Piece, load_linear
 
 _EMBEDDINGS = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
 # Old checkpoints keep a bias that cross attention never uses.
@@ -42,6 +45,7 @@ class Seq2SeqWeights:
         self._head_rows = (first * spec.head_dim, last * spec.head_dim)
         self._heads = slice(first, last)
         self._vocabulary = shard.blocks(spec.vocab_size)
+        self.lora = LoraSites(dtype, shard)
 
     def embedding(self) -> Tensor:
         """Token embeddings [vocab rows of this rank, hidden], shared by encoder and decoder.
@@ -54,13 +58,17 @@ class Seq2SeqWeights:
         with self._checkpoint.tensor(name, self._vocab_shape()) as stored:
             return stored[rows].to(self._dtype, copy=True)
 
-    def head(self) -> Linear:
+    def head(self) -> Adaptable:
         """hidden -> float32 logits of this rank's rows; the embeddings' if no other is stored."""
-        name = self._head_name()
-        piece = Piece(name, self._vocab_shape(), (self._vocabulary,), self._hidden())
+        name, shape = self._head_name(), self._vocab_shape()
+        piece = Piece(name, shape, (self._vocabulary,), self._hidden())
         source = LinearSource((piece,), has_bias=False)
         make, formats = self._packing.make_head, self._packing.head_formats
-        return load_linear(self._checkpoint, source, self._dtype, make, formats)
+        layer = load_linear(self._checkpoint, source, self._dtype, make, formats)
+        with self._checkpoint.tensor(f"{name}.weight", shape) as stored:
+            sample = stored[:SAMPLE_ROWS].to(self._dtype, copy=True)
+        known = LinearSource((replace(piece, name="lm_head"),), has_bias=False)
+        return self.lora.head(layer, known, ("lm_head",), sample)
 
     def norm(self, name: str) -> Tensor:
         """Weight [hidden] of a norm."""
@@ -73,7 +81,7 @@ class Seq2SeqWeights:
         with self._checkpoint.tensor(name, shape) as stored:
             return stored[:, self._heads].to(torch.float32, copy=True)
 
-    def projection(self, attention: str, parts: str) -> Linear:
+    def projection(self, attention: str, parts: str) -> Adaptable:
         """hidden -> this rank's heads of `parts`, such as "qkv" or "kv", one after the other."""
         inner = self._spec.num_heads * self._spec.head_dim
         shape = (inner, self._spec.hidden_size)
@@ -84,13 +92,13 @@ class Seq2SeqWeights:
             )
         )
 
-    def attention_out(self, attention: str) -> Linear:
+    def attention_out(self, attention: str) -> Adaptable:
         """This rank's heads -> its part of the sum over ranks."""
         spec = self._spec
         shape = (spec.hidden_size, spec.num_heads * spec.head_dim)
         return self._linear((Piece(f"{attention}.o", shape, (self._hidden(),), self._head_rows),))
 
-    def mlp_in(self, mlp: str) -> Linear:
+    def mlp_in(self, mlp: str) -> Adaptable:
         """hidden -> this rank's gate (where there is one) and inner values."""
         rows = self._shard.even(self._spec.intermediate_size, "d_ff")
         shape = (self._spec.intermediate_size, self._spec.hidden_size)
@@ -99,7 +107,7 @@ class Seq2SeqWeights:
             tuple(Piece(f"{mlp}.{name}", shape, (rows,), self._hidden()) for name in names)
         )
 
-    def mlp_out(self, mlp: str) -> Linear:
+    def mlp_out(self, mlp: str) -> Adaptable:
         """This rank's inner values -> its part of the sum, float32 throughout.
 
         T5's inner values grow so large that 16 bits lose what matters.
@@ -140,7 +148,8 @@ class Seq2SeqWeights:
         with self._checkpoint.tensor(name, shape) as stored:
             return stored.to(self._dtype, copy=True)
 
-    def _linear(self, pieces: tuple[Piece, ...], dtype: torch.dtype | None = None) -> Linear:
+    def _linear(self, pieces: tuple[Piece, ...], dtype: torch.dtype | None = None) -> Adaptable:
         source = LinearSource(pieces, has_bias=False)
         make, formats = self._packing.make_linear, self._packing.formats
-        return load_linear(self._checkpoint, source, dtype or self._dtype, make, formats)
+        layer = load_linear(self._checkpoint, source, dtype or self._dtype, make, formats)
+        return self.lora.layer(layer, source, dtype)
