@@ -30,7 +30,7 @@ _VARIABLES = (
 )
 
 
-def _settings(environ: MutableMapping[str, str]) -> Config:
+def settings(environ: MutableMapping[str, str]) -> Config:
     """The settings that concern model files; nothing else of the environment matters here."""
     config = parse([], {name: environ[name] for name in _VARIABLES if name in environ})
     for note in config.notes:
@@ -43,7 +43,7 @@ def download_weights(arguments: Namespace, environ: MutableMapping[str, str]) ->
     """Fetch a model's files; convert weights and tokenizer where the hub has none of ours."""
     extensions = _extensions(arguments.extension)
     _check(arguments, environ)
-    config = _settings(environ)
+    config = settings(environ)
     if not config.hf_hub_cache:
         raise ConfigError("HF_HUB_CACHE is not set, nor are HF_HOME and HOME; set one of them")
     environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # the library would fetch and send more
@@ -102,7 +102,7 @@ def _ensure_safetensors(
 
 def convert_to_safetensors(arguments: Namespace, environ: MutableMapping[str, str]) -> int:
     """Make safetensors of `.bin` weights."""
-    model_dir = locate(arguments.model_name, arguments.revision, _settings(environ).hf_hub_cache)
+    model_dir = locate(arguments.model_name, arguments.revision, settings(environ).hf_hub_cache)
     from tgis.hub.convert import convert_weights
 
     convert_weights(model_dir, _report)
@@ -111,7 +111,7 @@ def convert_to_safetensors(arguments: Namespace, environ: MutableMapping[str, st
 
 def convert_to_fast_tokenizer(arguments: Namespace, environ: MutableMapping[str, str]) -> int:
     """Make tokenizer.json of older tokenizer files."""
-    config = _settings(environ)
+    config = settings(environ)
     model_dir = locate(arguments.model_name, arguments.revision, config.hf_hub_cache)
     _convert_tokenizer(
         arguments.model_name, model_dir, arguments.output_path, config.trust_remote_code
@@ -121,7 +121,7 @@ def convert_to_fast_tokenizer(arguments: Namespace, environ: MutableMapping[str,
 
 def convert_to_onnx(arguments: Namespace, environ: MutableMapping[str, str]) -> int:
     """Make ONNX files of a model, with its configuration and tokenizer."""
-    config = _settings(environ)
+    config = settings(environ)
     model_dir = locate(arguments.model_name, arguments.revision, config.hf_hub_cache)
     from tgis.engines.onnx_export import Options, export
 

@@ -138,6 +138,18 @@ def _convert_onnx(arguments: Namespace) -> int:
     return convert_to_onnx(arguments, os.environ)
 
 
+def _add_quantize(parser: ArgumentParser) -> None:
+    from tgis.cli.quantize import add_arguments
+
+    add_arguments(parser)
+
+
+def _quantize(arguments: Namespace) -> int:
+    from tgis.cli.quantize import run
+
+    return run(arguments, os.environ)
+
+
 # Option of `serve` -> setting of the server.
 _SETTINGS = {
     "dtype": "dtype",
@@ -212,7 +224,7 @@ COMMANDS: dict[str, Command] = {
     "convert-to-onnx": Command(
         "make ONNX files of a model, for the engine hf_optimum_ort", _add_onnx, _convert_onnx
     ),
-    "quantize": Command("not supported: this version does not quantise models"),
+    "quantize": Command("make a GPTQ checkpoint of a model", _add_quantize, _quantize),
 }
 
 
