@@ -1,6 +1,5 @@
 """The native engine: tgis's own networks on the CPU."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,21 @@ from tgis.adapters.load import Adapter
 from tgis.adapters.prompts import SoftPrompt
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
-from tgis.engines.host_memory import trim
-from tgis.engines.huge_pages import use_huge_pages
+from tgis.engines.native_files import opened
 from tgis.engines.plan import StepPlan
 from tgis.errors import ConfigError
-from tgis.hub.safetensors import Progress, open_checkpoint
-from tgis.models import kernels
-from tgis.models.collectives import Group
+from tgis.hub.safetensors import Progress
+from tgis.models.collectives import Exchange, Group
 from tgis.models.decoder import Decoder, Step
 from tgis.models.families import read_spec
 from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.lora import LoraAdapter
 from tgis.models.model_config import ModelConfig
-from tgis.models.packing import read_packing
 from tgis.models.rotary import rotary_table
 from tgis.models.spec import Rotary
 from tgis.models.weights import Weights
 from tgis.types import ModelKind
-
-log = logging.getLogger(__name__)
 
 
 def load(
@@ -58,20 +52,12 @@ def load(
         ModelError: the family or an option of it is not supported, or the files are wrong.
         ConfigError: weights cannot be quantised so.
     """
-    log.info("%s", kernels.describe())
-    model_config = ModelConfig(config)
-    spec, names = read_spec(model_config)
-    checkpoint = open_checkpoint(model_dir, progress)
+    spec, names = read_spec(ModelConfig(config))
     group = group or Group()
-    try:
-        quantization = quantization or config.get("quantization_config")
-        packing = read_packing(quantize, dtype, checkpoint, quantization)
+    files = opened(model_dir, config, dtype, progress, quantize, quantization)
+    with files as (checkpoint, packing):
         weights = Weights(checkpoint, spec, names, group.shard, dtype, packing)
         return NativeEngine(Decoder(spec, names, weights, group, dtype))
-    finally:
-        checkpoint.close()
-        trim()
-        use_huge_pages()
 
 
 class NativeEngine:
@@ -134,7 +120,9 @@ class NativeEngine:
         """See `Engine.forward`."""
         assert self._cache is not None, "allocate comes before forward"
         assert self._step is not None
-        exchanges = self._decoder.exchanges(plan.num_tokens, plan.num_logits)
+        exchanges: list[Exchange] = []
+        if self._decoder.group.shard.world_size > 1:
+            exchanges = self._decoder.exchanges(plan.num_tokens, plan.num_logits)
         with self._decoder.group.step(exchanges), failed_allocations():
             for copy in plan.copies:
                 self._cache.copy(copy.source, copy.target, copy.num_tokens)

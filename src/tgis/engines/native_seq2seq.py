@@ -1,6 +1,5 @@
 """The native engine for encoder-decoder models of T5's kind."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,18 @@ from tgis.adapters.load import Adapter
 from tgis.adapters.prompts import SoftPrompt
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
-from tgis.engines.host_memory import trim
-from tgis.engines.huge_pages import use_huge_pages
+from tgis.engines.native_files import opened
 from tgis.engines.plan import Row, StepPlan
-from tgis.hub.safetensors import Progress, open_checkpoint
-from tgis.models import kernels
+from tgis.hub.safetensors import Progress
 from tgis.models.collectives import Group
 from tgis.models.families.t5 import read_seq2seq_spec
 from tgis.models.inputs import NewTokens
 from tgis.models.kv_cache import RowsCache, page_tokens
 from tgis.models.lora import LoraAdapter
 from tgis.models.model_config import ModelConfig
-from tgis.models.packing import read_packing
 from tgis.models.seq2seq import Caches, Seq2Seq
 from tgis.models.seq2seq_weights import Seq2SeqWeights
 from tgis.types import ModelKind
-
-log = logging.getLogger(__name__)
 
 
 def load(
@@ -40,35 +34,13 @@ def load(
     quantize: str | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> "NativeSeq2SeqEngine":
-    """Load an encoder-decoder model of a known family.
-
-    Args:
-        model_dir: holds the safetensors files.
-        config: the model's `config.json`.
-        dtype: of weights, arithmetic and cache.
-        progress: told of bytes loaded and bytes in all.
-        group: the ranks among which the model is split; None = it is not.
-        quantize: `QUANTIZE`, how weights are quantised that are stored as floats.
-        quantization: how the stored weights are quantised; what `config` says of it unless given.
-
-    Raises:
-        ModelError: the family or an option of it is not supported, or the files are wrong.
-        ConfigError: weights cannot be quantised so.
-    """
-    log.info("%s", kernels.describe())
-    model_config = ModelConfig(config)
-    spec = read_seq2seq_spec(model_config)
-    checkpoint = open_checkpoint(model_dir, progress)
+    """Load an encoder-decoder model of a known family; arguments and errors as `native.load`."""
+    spec = read_seq2seq_spec(ModelConfig(config))
     group = group or Group()
-    try:
-        quantization = quantization or config.get("quantization_config")
-        packing = read_packing(quantize, dtype, checkpoint, quantization)
+    files = opened(model_dir, config, dtype, progress, quantize, quantization)
+    with files as (checkpoint, packing):
         weights = Seq2SeqWeights(checkpoint, spec, group.shard, dtype, packing)
         return NativeSeq2SeqEngine(Seq2Seq(spec, weights, group, dtype))
-    finally:
-        checkpoint.close()
-        trim()
-        use_huge_pages()
 
 
 class NativeSeq2SeqEngine:
