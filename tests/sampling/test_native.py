@@ -37,7 +37,7 @@ def test_without_a_compiler_numpy_gives_the_same_tokens(
     with_library = tokens()
     native.library.cache_clear()
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(native, "_beside", lambda: tmp_path / "none.so")
+    monkeypatch.setattr(native, "_PREBUILT", tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert native.library() is None
     assert isinstance(seeds.noise_stream(1, 8), seeds.NumpyStream)
@@ -49,10 +49,10 @@ def test_without_a_compiler_numpy_gives_the_same_tokens(
 @pytest.mark.usefixtures("_fresh")
 def test_compiles_once_and_finds_it_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(native, "_beside", lambda: tmp_path / "none.so")
+    monkeypatch.setattr(native, "_PREBUILT", tmp_path)
     assert native.library() is not None
     (compiled,) = tmp_path.rglob("*.so")
     native.library.cache_clear()
-    monkeypatch.setattr(native, "compile_to", None)  # is not called again
+    monkeypatch.setattr(native, "_compile_into", None)  # is not called again
     assert native.library() is not None
     assert [*tmp_path.rglob("*.so")] == [compiled]

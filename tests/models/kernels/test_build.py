@@ -1,6 +1,7 @@
 """Finding and compiling the library, and doing without it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ def test_a_library_is_compiled_once(tmp_path, monkeypatch) -> None:
     path = build.find_or_compile(tmp_path / "cache")
     assert path.parent == tmp_path / "cache"
     assert [path.name] == [file.name for file in path.parent.iterdir()]
-    monkeypatch.setattr(build.shutil, "which", lambda _: None)  # no compiler is needed any more
+    monkeypatch.setattr(shutil, "which", lambda _: None)  # no compiler is needed any more
     assert build.find_or_compile(tmp_path / "cache") == path
 
 
@@ -38,7 +39,7 @@ def test_every_target_has_a_name_of_its_own() -> None:
 
 
 def test_a_missing_compiler_is_said(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(build.BuildError, match="no C compiler"):
         build.compile_library(tmp_path, build.cpu_target())
 

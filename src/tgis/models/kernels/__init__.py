@@ -5,7 +5,8 @@ defines it, documents it and takes its place where no C library can be had. Whic
 use is decided when this package is imported.
 """
 
-from tgis.models.kernels.build import BuildError, cpu_target
+from tgis.clib import BuildError
+from tgis.models.kernels.build import cpu_target
 
 try:
     from tgis.models.kernels import low_rank

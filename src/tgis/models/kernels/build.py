@@ -1,9 +1,8 @@
 """Compiles the C kernels into one shared library, and finds it again.
 
-The library is named after the instruction sets that it needs, and after a digest of everything that
-went into it; a stale or foreign file is therefore never loaded. It is looked for beside this module
-(`python -m tgis.models.kernels.build` puts it there: at install, or in a container image), then in
-the cache directory, and is else compiled into that directory, which takes about two seconds.
+The library's name has the instruction sets that it needs too. `python -m tgis.models.kernels.build`
+puts it beside this module, at install or in a container image; else it is compiled into the
+cache directory when it is first needed, which takes about two seconds.
 It is linked against the very OpenMP runtime that torch has loaded, so that both share one pool of
 threads.
 """
@@ -11,20 +10,20 @@ threads.
 import argparse
 import hashlib
 import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch  # first of all for its effect: loads torch's OpenMP runtime
 
+from tgis import clib
+from tgis.clib import BuildError
+
 SOURCE = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "lib"
-OPTIONS = [
-    *("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden"),
-    *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"),
-]
+OPTIONS = (
+    *("-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+)
 
 
 class Target(NamedTuple):
@@ -56,10 +55,6 @@ TARGETS = [
     _target("avx2", *_AVX2),
     _target("generic", "", ""),
 ]
-
-
-class BuildError(Exception):
-    """The library cannot be had; `str()` says why, in one line."""
 
 
 def cpu_target() -> Target:
@@ -95,7 +90,7 @@ def file_name(target: Target) -> str:
     for path in sorted(SOURCE.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     versions = (platform.machine(), torch.__version__, openmp_runtime().name)
-    digest.update(repr((OPTIONS, target.options, versions)).encode())
+    digest.update(repr((clib.OPTIONS, OPTIONS, target.options, versions)).encode())
     return f"tgis_kernels_{target.name}_{digest.hexdigest()[:16]}.so"
 
 
@@ -105,36 +100,11 @@ def compile_library(directory: Path, target: Target, extra_options: tuple[str, .
     Raises:
         BuildError: no compiler, no room, or the compiler failed.
     """
-    compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    if compiler is None:
-        raise BuildError("no C compiler (gcc, clang or cc) on the path")
     runtime = openmp_runtime()
-    path = directory / file_name(target)
-    sources = sorted(str(source) for source in SOURCE.glob("*.c"))
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            partial = Path(scratch) / path.name
-            objects = [str(partial), *sources, *extra_options]
-            command = [compiler, *OPTIONS, *target.options, "-o", *objects]
-            # OPTIONS hold -fopenmp, whose own runtime comes after ours and is then not needed.
-            command += ["-Wl,--as-needed", str(runtime), f"-Wl,-rpath,{runtime.parent}", "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise BuildError(f"{compiler} failed: {last}")
-            partial.replace(path)
-    except OSError as error:
-        raise BuildError(f"{directory}: {error.strerror}") from error
-    return path
-
-
-def default_cache() -> Path:
-    """Where compiled libraries are kept for this user."""
-    try:
-        return Path.home() / ".cache" / "tgis" / "kernels"
-    except RuntimeError as error:
-        raise BuildError("the user has no home directory to keep a library in") from error
+    # OPTIONS hold -fopenmp, whose own runtime comes after ours and is then not needed.
+    link = ["-Wl,--as-needed", str(runtime), f"-Wl,-rpath,{runtime.parent}"]
+    path, options = directory / file_name(target), [*OPTIONS, *target.options]
+    return clib.compile_library(path, SOURCE.glob("*.c"), options, [*extra_options, *link])
 
 
 def find_or_compile(cache_dir: Path | None = None) -> Path:
@@ -143,12 +113,9 @@ def find_or_compile(cache_dir: Path | None = None) -> Path:
     Raises:
         BuildError: there is none, and none can be made.
     """
-    target = cpu_target()
-    name = file_name(target)
-    if (PREBUILT / name).is_file():
-        return PREBUILT / name
-    cache = cache_dir or default_cache()
-    return cache / name if (cache / name).is_file() else compile_library(cache, target)
+    target, cache = cpu_target(), cache_dir or clib.user_cache()
+    found = clib.find(file_name(target), PREBUILT, cache)
+    return found or compile_library(cache, target)
 
 
 def main() -> None:
