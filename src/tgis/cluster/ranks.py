@@ -4,6 +4,7 @@ The replica's actor has the first bundle of the group, and rank 0. A rank is an 
 with RANK set, wherever Ray has put its bundle.
 """
 
+import asyncio
 import socket
 
 import msgspec
@@ -61,10 +62,10 @@ class Ranks:
             rank = msgspec.structs.replace(world, rank=number)
             self._actors.append(ray.remote(Rank).options(**options).remote(rank))
 
-    def lost(self) -> str:
-        """Which rank has ended for good, or ""; asks without waiting long."""
+    async def lost(self) -> str:
+        """How a rank has ended for good, or ""."""
         try:
-            endings = ray.get([actor.ended.remote() for actor in self._actors], timeout=10)
+            endings = await asyncio.gather(*(actor.ended.remote() for actor in self._actors))
         except ray.exceptions.RayError as error:
             return f"a rank is lost: {type(error).__name__}"
         return next(filter(None, endings), "")

@@ -68,14 +68,14 @@ class Replica:
         self._all = serve.get_deployment_handle(context.deployment, context.app_name)
         log.info("replica %s: gRPC %s, HTTP %s", self._name, self._address, self._http)
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Asked by Serve again and again.
 
         Raises:
             RuntimeError: this replica is to be replaced. A core that died is not a reason: the
                 server replaces that by itself.
         """
-        if ended := self._server.ended or self._ranks.lost():
+        if ended := self._server.ended or await self._ranks.lost():
             raise RuntimeError(f"the server ended ({ended})")
 
     async def __call__(self, request: Request) -> Response:
