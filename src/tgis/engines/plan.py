@@ -37,7 +37,7 @@ class Row:
     @property
     def num_logits(self) -> int:
         """Rows of the logits tensor that belong to it."""
-        return {Want.NOTHING: 0, Want.LAST: 1, Want.ALL: len(self.token_ids)}[self.want]
+        return len(self.token_ids) if self.want is Want.ALL else self.want.value
 
 
 @dataclass(frozen=True, slots=True)
