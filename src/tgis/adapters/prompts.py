@@ -22,7 +22,7 @@ _MAX_RECORDS = 64  # files in a .pt archive
 # A prompt of more rows than allowed is still read, if it is not much more, to say how many it has.
 _READ_ROWS = 8
 _WIDEST = 8  # bytes of a float64
-_MOST_BYTES = 1 << 30  # of any file
+_LEAST_BYTES, _MOST_BYTES = 1 << 20, 1 << 30  # limits of that
 _UNKNOWN_SIZE = 1 << 16
 _GRANULE = 512  # bytes that a tensor's size is rounded up to, as TGIS does
 
@@ -140,7 +140,8 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _most_bytes(rules: PromptRules) -> int:
     """Of a file that is read at all."""
     size = rules.size or _UNKNOWN_SIZE
-    return min(_READ_ROWS * rules.max_length * size * _WIDEST + _MAX_PICKLE_BYTES, _MOST_BYTES)
+    wanted = _READ_ROWS * rules.max_length * size * _WIDEST
+    return min(max(wanted, _LEAST_BYTES), _MOST_BYTES)
 
 
 def _rounded(tensor: Tensor) -> int:

@@ -66,20 +66,19 @@ class Store:
     def __init__(self, root: str) -> None:
         self._root = root
 
-    def ids(self) -> Iterator[str]:
+    def ids(self) -> list[str]:
         """Ids of all directories that hold an adapter or what looks like one, sorted."""
-        root = os.path.realpath(self._root)
-        for directory, subdirectories, files in os.walk(root, followlinks=False):
-            subdirectories.sort()
-            links = [name for name in subdirectories if os.path.islink(f"{directory}/{name}")]
-            found = [(directory, files)]
-            for name in links:
-                with suppress(OSError):
-                    found.append((f"{directory}/{name}", os.listdir(f"{directory}/{name}")))
-            for place, names in found:
-                adapter_id = os.path.relpath(place, root)
-                if adapter_id != "." and any(name in _FILES for name in names):
-                    yield adapter_id
+        root, found = os.path.realpath(self._root), []
+        for directory, subdirectories, files in os.walk(root):
+            places = {directory: files}
+            for link in (f"{directory}/{name}" for name in subdirectories):
+                if os.path.islink(link):
+                    with suppress(OSError):
+                        places[link] = os.listdir(link)
+            for place, names in places.items():
+                if place != root and not set(_FILES).isdisjoint(names):
+                    found.append(os.path.relpath(place, root))
+        return sorted(found)
 
     @contextmanager
     def open(self, adapter_id: str) -> Iterator["Directory"]:
