@@ -246,9 +246,9 @@ class Supervisor:
                 child.kill_at = now + LAST_WORDS_SECONDS
 
     def _silent_until(self, child: _Child) -> float:
-        """When a child that says nothing more has hung for too long."""
+        """When a child that says nothing more has hung for too long, last words included."""
         limit = self._config.hang_timeout if child.started else _START_SILENCE_SECONDS
-        return child.last_heard + limit
+        return child.last_heard + limit - LAST_WORDS_SECONDS
 
     def _pause(self) -> float:
         """Seconds until there is something to check."""

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.kit import audit
+
 READY_SECONDS = 60.0
 STOP_SECONDS = 8.0  # what the reference's own suite allows an idle server
 PROBE_SECONDS = 10.0
@@ -29,6 +31,7 @@ PASSED_ON = (
     "OMP_NUM_THREADS",
     "LD_LIBRARY_PATH",
     "TGIS_SHARED",
+    audit.VARIABLE,
 )
 
 
@@ -118,6 +121,9 @@ def free_ports(count: int) -> list[int]:
 def scrubbed_environment(home: Path) -> dict[str, str]:
     """An environment that configures nothing."""
     env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    if audit.VARIABLE in env:
+        paths = [str(audit.SITE), *filter(None, [env.get("PYTHONPATH")])]
+        env["PYTHONPATH"] = os.pathsep.join(paths)
     return env | {"HOME": str(home), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 

@@ -29,3 +29,17 @@ def test_state_keeps_what_its_parameters_need() -> None:
     full.advance(4)
     assert full.num_generated == 1
     assert sorted(full.seen.ids) == [1, 4]
+
+
+def test_a_state_goes_back_to_its_mark() -> None:
+    params = SamplingParams(do_sample=True, seed=3, repetition_penalty=1.5)
+    state = SequenceState(params, NO_DETAILS, [1, 2], 1000)
+    for token_id in range(62):
+        state.advance(token_id)
+    mark, seen = state.mark(), sorted(state.seen.ids)
+    for token_id in (2, 500, 501, 502):  # the buffer grows on the way
+        state.advance(token_id)
+    state.rewind(mark)
+    assert (state.num_generated, sorted(state.seen.ids)) == (62, seen)
+    state.advance(501)
+    assert sorted(state.seen.ids) == [*seen, 501]

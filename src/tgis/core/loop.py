@@ -245,7 +245,10 @@ class Core:
     def _release(self) -> None:
         released = self._scheduler.drain_released()
         if released:
-            self._engine.release(released)
+            try:
+                self._engine.release(released)
+            except Exception:  # they are free all the same; their pages stay for now
+                log.exception("the memory of %d rows could not be given back", len(released))
 
     def _is_prompt(self, row: Row) -> bool:
         """Whether a row prefills: a prompt, or a sequence that is computed anew."""

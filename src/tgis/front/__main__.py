@@ -41,6 +41,7 @@ log = logging.getLogger("tgis.front")
 
 _BEAT_SECONDS = 0.5
 _BATCH_BUCKETS = 128
+_LAME_DUCK_SECONDS = 0.5  # NOT_SERVING, but still serving
 _CUT_OFF_SECONDS = 1.0  # for the errors of what is cut off at the end of the drain to go out
 _FLUSH_SECONDS = 2.5
 
@@ -165,6 +166,9 @@ class Front:
         """Let open requests end; those that do not in time get UNAVAILABLE."""
         self.health.draining = True
         self.server.health_changed()
+        # A call that is on its way when gRPC shuts down is cancelled; clients that look at the
+        # health, and load balancers, send theirs elsewhere from now on.
+        await asyncio.sleep(_LAME_DUCK_SECONDS)
         log.info("draining %d open requests", len(self.streams))
         seconds = self.config.drain_timeout
         cut_off = asyncio.get_running_loop().call_later(seconds, self.streams.cut_off)

@@ -182,6 +182,8 @@ class Accounts:
             log.error("%s", error, extra={"span": self._span(call)})
 
     def _cancelled(self, call: Call) -> None:
+        if not call.outputs:  # before its inputs were on their way
+            self._metrics.count("tgi_request_failure", len(call.texts), err="cancelled")
         for output in call.unfinished:
             output.finish = FinishReason.CANCELLED
             self._metrics.count("tgi_request_failure", err="cancelled")

@@ -38,6 +38,10 @@ _OPTIONS = {
     # Clients may ping every 30 s; a few that come sooner are forgiven.
     "grpc.http2.min_ping_interval_without_data_ms": 30_000,
     "grpc.http2.max_ping_strikes": 2,
+    # A connection that says nothing of HTTP/2, or has had no call for long, makes room.
+    "grpc.server_handshake_timeout_ms": 20_000,
+    "grpc.max_connection_idle_ms": 30 * 60_000,
+    "grpc.max_allowed_incoming_connections": 4096,
 }
 _AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 

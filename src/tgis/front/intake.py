@@ -106,6 +106,9 @@ class Intake:
         except InvalidRequest:
             self._metrics.count("tgi_request_failure", err="validation")
             raise
+        except Overloaded:  # no room for its adapter
+            self._metrics.count("tgi_request_failure", err="conc_limit")
+            raise
         now = time.monotonic()
         self._metrics.observe("tgi_request_validation_duration", now - arrival)
         for item in inputs:

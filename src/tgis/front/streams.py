@@ -25,7 +25,7 @@ from tgis.wire import Add, Failed, FailureKind, Gauges, Out, SchedulerCounts, St
 log = logging.getLogger(__name__)
 
 # Of what a client has not read yet; beyond it, generation waits for the client.
-_MOST_UNREAD_BYTES = 16 * 1024
+_MOST_UNREAD_BYTES = 8 * 1024
 _PIECE_BYTES = 400  # of a token in a list, roughly, and ...
 _TOP_TOKEN_BYTES = 120  # ... of each alternative to it
 

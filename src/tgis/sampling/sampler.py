@@ -115,13 +115,13 @@ class Sampler:
                 scores = as_array(logits)
                 penalise(scores, rows, self._eos_ids)
                 choices = _choose(list(scores), rows)
+            for row, choice in zip(rows, choices, strict=True):
+                if choice.error is None:
+                    row.advance(choice.token_id)
         except Exception:
             for row, mark in zip(rows, marks, strict=True):
                 row.rewind(mark)
             raise
-        for row, choice in zip(rows, choices, strict=True):
-            if choice.error is None:
-                row.advance(choice.token_id)
         return choices
 
 

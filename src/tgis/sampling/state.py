@@ -27,12 +27,17 @@ class SeenIds:
 
     def add(self, token_id: int) -> None:
         """Remember one more token."""
+        if token_id in self._known:
+            return
         count = len(self._known)
+        if count == len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
+        self._buffer[count] = token_id
         self._known.add(token_id)
-        if len(self._known) > count:
-            if count == len(self._buffer):
-                self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
-            self._buffer[count] = token_id
+
+    def forget_after(self, count: int) -> None:
+        """Keep only the `count` ids that were there first."""
+        self._known.difference_update(self.ids[count:].tolist())
 
 
 class SequenceState:
@@ -61,14 +66,18 @@ class SequenceState:
         if params.do_sample:
             self.noise = noise_stream(params.seed, vocab_size)
 
-    def mark(self) -> object:
-        """Where its noise stands before a token is chosen."""
-        return None if self.noise is None else self.noise.mark()
+    def mark(self) -> tuple[int, int, object]:
+        """Where it stands before a token is chosen."""
+        num_seen = 0 if self.seen is None else len(self.seen.ids)
+        return self.num_generated, num_seen, None if self.noise is None else self.noise.mark()
 
-    def rewind(self, mark: object) -> None:
+    def rewind(self, mark: tuple[int, int, object]) -> None:
         """The token was not chosen after all."""
+        self.num_generated, num_seen, place = mark
+        if self.seen is not None:
+            self.seen.forget_after(num_seen)
         if self.noise is not None:
-            self.noise.rewind(mark)
+            self.noise.rewind(place)
 
     def advance(self, token_id: int) -> None:
         """Account for one chosen token."""

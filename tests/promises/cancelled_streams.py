@@ -1,0 +1,178 @@
+"""Promise 4: cancelled streams and vanished clients leave nothing behind."""
+
+import asyncio
+import contextlib
+import random
+import time
+
+import grpc
+from tests.kit import http2
+from tests.kit.processes import open_files
+from tests.kit.server import Server
+
+from tgis.proto import generation_pb2_grpc as pb_grpc
+
+from .figures import Figure, Promise
+from .house import (
+    GENERATE_STREAM,
+    TEXT,
+    gauge,
+    pid_of,
+    rss,
+    serving,
+    single,
+    streaming,
+    wait_idle,
+)
+
+AT_ONCE = 32
+FLAGS = ("--max-batch-size", "8", "--max-concurrent-requests", "128")
+# The cache of prefixes fills up with time, as it should: a small one has done so early.
+FLAGS += ("--kv-cache-memory", "24MiB", "--no-log-prompts")
+LONG = "The little dog ran to the park. " * 60
+
+
+async def cancel_one(stub: pb_grpc.GenerationServiceStub, rng: random.Random) -> None:
+    """Leave a stream at a random point: unsent, queued, in its prompt, its middle, at its end."""
+    tokens = rng.choice([1, 2, 20, 60])
+    call = stub.GenerateStream(single(tokens, rng.choice([TEXT, TEXT, LONG]), rng.randrange(99)))
+    patience = rng.choice([0, 0, 1, 2, tokens, tokens + 1])
+    with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+        if rng.random() < 0.3:
+            await asyncio.sleep(rng.random() * 0.05)
+        for _ in range(patience):
+            if await call.read() is grpc.aio.EOF:
+                break
+    call.cancel()
+
+
+async def storm(address: str, count: int, seed: int) -> None:
+    """Many cancelled streams, some at the same time."""
+    rng = random.Random(seed)
+    numbers = iter(range(count))
+    with streaming(address) as stub:
+
+        async def worker() -> None:
+            for _ in numbers:
+                await cancel_one(stub, rng)
+
+        await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+
+
+def vanish(address: str, count: int) -> None:
+    """Clients whose connection breaks off in the middle of a stream, without a word of HTTP/2."""
+    request = http2.call(1, GENERATE_STREAM, single(200))
+    for _ in range(0, count, AT_ONCE):
+        clients = [http2.connect(address, 0) for _ in range(AT_ONCE)]
+        for client in clients:
+            client.sendall(request)
+        time.sleep(0.02)
+        for client in clients:
+            http2.reset(client)
+
+
+def silent(server: Server, count: int) -> float:
+    """Clients that neither read nor close: seconds until the server has let all of them go."""
+    front = pid_of(server, "front")
+    files = open_files(front)
+    clients = [http2.connect(server.grpc, 0) for _ in range(count)]
+    for client in clients:
+        client.sendall(http2.call(1, GENERATE_STREAM, single(200)))
+    start = time.monotonic()
+    time.sleep(1.0)
+    wait_idle(server)
+    while open_files(front) > files + 2:
+        time.sleep(0.05)
+    took = time.monotonic() - start
+    for client in clients:
+        client.close()
+    return took
+
+
+async def steps_after_cancel(server: Server, rounds: int) -> float:
+    """The most steps that the engine made for a stream after the front had let go of it."""
+    most = 0.0
+    name = 'tgi_batch_inference_count_total{method="next_token"}'
+    with streaming(server.grpc) as stub:
+        for _ in range(rounds):
+            before = await asyncio.to_thread(gauge, server, name)
+            call = stub.GenerateStream(single(500))
+            for _ in range(10):
+                await call.read()
+            call.cancel()
+            await asyncio.to_thread(wait_idle, server)
+            made = await asyncio.to_thread(gauge, server, name) - before
+            most = max(most, made - generated(server) + 1)  # the first came of the prompt's step
+    return most
+
+
+def generated(server: Server) -> int:
+    """Tokens of the stream cancelled last, as the front had counted when it heard of that."""
+    while True:
+        lines = [line for line in server.log().splitlines() if "before Cancelled" in line]
+        if lines:
+            return int(lines[-1].partition(" generated ")[2].split()[0])
+
+
+def measure(full: bool) -> list[Figure]:
+    """See the module."""
+    streams, vanished, quiet = (10_000, 2_000, 200) if full else (1_500, 320, 32)
+    warm_up = 1_000 if full else 500
+    with serving(*FLAGS, "--write-timeout", "2") as server:
+        steps = asyncio.run(steps_after_cancel(server, 20 if full else 5))
+        front, core = pid_of(server, "front"), pid_of(server, "core")
+        asyncio.run(storm(server.grpc, warm_up, 0))
+        vanish(server.grpc, AT_ONCE)
+        wait_idle(server)
+        files, memory = open_files(front), (rss(front), rss(core))
+        asyncio.run(storm(server.grpc, streams - warm_up, 1))
+        wait_idle(server)
+        growth = [after - before for after, before in
+                  zip((rss(front), rss(core)), memory, strict=True)]  # fmt: skip
+        vanish(server.grpc, vanished)
+        wait_idle(server)
+        gone = silent(server, quiet)
+        wait_idle(server)
+        time.sleep(0.5)
+        left = sum(gauge(server, f"tgi_{name}") for name in
+                   ("queue_size", "batch_current_size", "kv_cache_usage"))  # fmt: skip
+        more_files = open_files(front) - files
+        log = server.log()
+        # Nobody can get as many permits as there are while some are lost.
+        lost = asyncio.run(permits_lost(server, 128))
+    return [
+        Figure("steps computed for a stream after its cancellation", steps, 1),
+        Figure(f"growth of memory from stream {warm_up} to {streams}", sum(growth) / 2**20, 2,
+               " MB", steady=False),
+        Figure("... of which the front's", growth[0] / 2**20, None, " MB"),
+        Figure(f"sequences and memory left after {vanished} vanished clients", left, 0),
+        Figure(f"{quiet} silent clients let go after (--write-timeout 2)", gone, 5, " s",
+               steady=False),
+        Figure("permits lost", lost, 0),
+        Figure("files left open", max(0, more_files), 2),
+        Figure("leaks that the core reports", log.count("the accounts are wrong"), 0),
+        Figure("tracebacks", log.count("Traceback"), 0),
+    ]  # fmt: skip
+
+
+async def permits_lost(server: Server, permits: int) -> int:
+    """How many of so many streams at once are refused."""
+    refused = 0
+    with streaming(server.grpc) as stub:
+
+        async def one() -> None:
+            nonlocal refused
+            try:
+                async for _ in stub.GenerateStream(single(2)):
+                    pass
+            except grpc.aio.AioRpcError:
+                refused += 1
+
+        await asyncio.gather(*(one() for _ in range(permits)))
+    return refused
+
+
+PROMISE = Promise("cancelled_streams", "cancelled streams and vanished clients", measure)
+
+if __name__ == "__main__":
+    PROMISE.main()
