@@ -4,7 +4,9 @@ Adapters are found by their addresses, one per row: any number of them can be mi
 they may come and go without anything that a step has recorded becoming stale.
 """
 
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 
 import torch
@@ -18,6 +20,9 @@ __all__ = ["Adapter", "Pair", "Site", "add_"]
 
 _PARTS = 3
 _OUTPUTS = 16  # the kernel reads so many at a time
+_NOTHING: list[Tensor | int] = [0] * (1 + 2 * _PARTS)
+_LINE = 64  # bytes of a cache line
+_HUGE = 2 << 20  # bytes of a huge page
 FIELDS = "ppp iii iii ii"  # of the kernel's arguments
 _low_rank = _kernel("tgis_low_rank", FIELDS)
 
@@ -26,30 +31,59 @@ class Adapter:
     """See `low_rank_reference.Adapter`."""
 
     def __init__(self, sites: Sequence[Site | None]) -> None:
-        self._tensors: list[Tensor] = []  # the kernel has only their addresses
-        fields = [self._pack(site) if site else [0] * (1 + 2 * _PARTS) for site in sites]
+        packed = [_pack(site) if site else _NOTHING for site in sites]
+        tensors = [t for site in packed for t in site if isinstance(t, Tensor)]
+        # All in one piece of memory, of which the kernel has only addresses, in reading order.
+        self._memory = _memory(sum(_aligned(t.nbytes) for t in tensors))
+        places = iter(_places(self._memory, tensors))
+        fields = [[next(places) if isinstance(f, Tensor) else f for f in site] for site in packed]
         self._sites = torch.tensor(fields, dtype=torch.int64)
         self.address = self._sites.data_ptr()
-        self.num_bytes = sum(t.nbytes for t in self._tensors) + self._sites.nbytes
+        self.num_bytes = self._memory.nbytes + self._sites.nbytes
 
-    def _pack(self, site: Site) -> list[int]:
-        """The fields of the kernel's `struct site`."""
-        pairs = [_even(pair) for pair in site.parts]
-        a = [pair.a for pair in pairs if pair]
-        missing = [0] * (_PARTS - len(pairs))
-        b = [self._keep(pair.b, site.dtype) if pair else 0 for pair in pairs] + missing
-        ranks = [len(pair.a) if pair else 0 for pair in pairs] + missing
-        return [self._keep(torch.cat(a), site.dtype) if a else 0, *b, *ranks]
 
-    def _keep(self, weight: Tensor, dtype: torch.dtype) -> int:
-        """The address of a packed copy of [out, in]."""
-        together = 4 // dtype.itemsize  # inputs that lie side by side
-        rows, cols = weight.shape
-        padded = functional.pad(weight.to(dtype), (0, -cols % together, 0, -rows % _OUTPUTS))
-        blocks = padded.view(len(padded) // _OUTPUTS, _OUTPUTS, -1, together)
-        packed = blocks.transpose(1, 2).contiguous()
-        self._tensors.append(packed)
-        return packed.data_ptr()
+def _pack(site: Site) -> list[Tensor | int]:
+    """The fields of the kernel's `struct site`, tensors instead of their addresses."""
+    pairs = [_even(pair) for pair in site.parts]
+    a = [pair.a for pair in pairs if pair]
+    missing = [0] * (_PARTS - len(pairs))
+    b = [_packed(pair.b, site.dtype) if pair else 0 for pair in pairs]
+    ranks = [len(pair.a) if pair else 0 for pair in pairs]
+    return [_packed(torch.cat(a), site.dtype) if a else 0, *b, *missing, *ranks, *missing]
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out, in] as the kernel reads it."""
+    together = 4 // dtype.itemsize  # inputs that lie side by side
+    rows, cols = weight.shape
+    padded = functional.pad(weight.to(dtype), (0, -cols % together, 0, -rows % _OUTPUTS))
+    blocks = padded.view(len(padded) // _OUTPUTS, _OUTPUTS, -1, together)
+    return blocks.transpose(1, 2).contiguous()
+
+
+def _places(memory: Tensor, tensors: Sequence[Tensor]) -> Iterator[int]:
+    """Copy tensors into memory, one after the other; the address of each."""
+    at = 0
+    for tensor in tensors:
+        place = memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        yield place.copy_(tensor).data_ptr()
+        at += _aligned(tensor.nbytes)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _LINE) * _LINE
+
+
+def _memory(num_bytes: int) -> Tensor:
+    """Bytes, on huge pages if they fill some and the system has them: it reads those faster."""
+    if num_bytes < _HUGE:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    mapped = mmap.mmap(-1, num_bytes + _HUGE)
+    with suppress(OSError, AttributeError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(mapped, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE
+    return whole[start : start + num_bytes]
 
 
 def _even(pair: Pair | None) -> Pair | None:
