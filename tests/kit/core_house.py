@@ -1,13 +1,14 @@
 """The core loop on a real socket, with the fake engine and the real sampler, driven by hand."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.kit.fake_engine import FakeEngine
 
+from tgis.core.adapters import Adapters
 from tgis.core.budget import PagedBudget
 from tgis.core.kv.rows import RowsMemory
 from tgis.core.link import FrontLink
@@ -16,7 +17,7 @@ from tgis.core.scheduler import Scheduler
 from tgis.engines.base import CacheShape, Engine
 from tgis.sampling.sampler import Sampler
 from tgis.types import FinishReason
-from tgis.wire import Abort, Add, Decoder, Failed, Gauges, Out, ToFront, encode
+from tgis.wire import Decoder, Failed, Found, Gauges, NotFound, Out, ToCore, ToFront, encode
 
 SLOTS = 4
 
@@ -39,8 +40,9 @@ class Front:
         self.finish: dict[int, FinishReason] = {}
         self.failed: dict[int, Failed] = {}
         self.outs: list[Out] = []
+        self.answers: dict[int, Found | NotFound] = {}  # by lookup id
 
-    def send(self, message: Add | Abort) -> None:
+    def send(self, message: ToCore) -> None:
         self.sock.sendall(encode(message))
 
     def read(self) -> None:
@@ -57,6 +59,9 @@ class Front:
         if isinstance(message, Failed):
             assert message.seq_id not in self.failed
             self.failed[message.seq_id] = message
+        if isinstance(message, Found | NotFound):
+            assert message.lookup_id not in self.answers
+            self.answers[message.lookup_id] = message
         if not isinstance(message, Out):
             return
         self.outs.append(message)
@@ -111,6 +116,7 @@ def open_house(
     *,
     engine: Engine | None = None,
     caching: bool = True,
+    make_adapters: Callable[[Engine, FrontLink], Adapters] | None = None,
 ) -> Iterator[House]:
     """A core and no front yet; an engine of one's own must have its cache allocated."""
     path = directory / "core.sock"
@@ -128,7 +134,9 @@ def open_house(
     )
     now = [0.0]
     sampler = Sampler(engine.caps.vocab_size, ())
-    core = Core(engine, sampler, scheduler, link, Pulse(), clock=lambda: now[0])
+    adapters = make_adapters(engine, link) if make_adapters else None
+    clock = lambda: now[0]  # noqa: E731
+    core = Core(engine, sampler, scheduler, link, Pulse(), clock=clock, adapters=adapters)
     house = House(path, link, core, fake, scheduler, memory, now)
     try:
         yield house
@@ -136,3 +144,5 @@ def open_house(
         for front in house.fronts:
             front.sock.close()
         link.close()
+        if adapters is not None:
+            adapters.close()

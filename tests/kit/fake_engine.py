@@ -6,10 +6,13 @@ generates the wrong tokens.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
+from tgis.adapters.load import Adapter
+from tgis.adapters.prompts import SoftPrompt
 from tgis.engines.base import CacheShape, EngineCaps
 from tgis.engines.plan import KvCopy, Row, StepPlan, Want
 from tgis.types import ModelKind
@@ -106,7 +109,9 @@ class FakeEngine:
             kv_bytes_per_token=1,
             dtype="float32",
             kv_granule=block_tokens or 1,
+            soft_prompt_size=1,
         )
+        self.attached: dict[int, SoftPrompt] = {}
         self.before_forward = before_forward
         self.plans: list[StepPlan] = []
         self.shape: CacheShape | None = None
@@ -121,7 +126,8 @@ class FakeEngine:
             self.before_forward(plan)
         self.plans.append(plan)
         chosen: list[int] = []
-        for row, follow in zip(plan.rows, self.cache.compute(plan), strict=True):
+        spliced = replace(plan, rows=[self._spliced(row) for row in plan.rows])
+        for row, follow in zip(plan.rows, self.cache.compute(spliced), strict=True):
             if row.want is Want.ALL:
                 chosen += follow
             elif row.want is Want.LAST:
@@ -130,6 +136,23 @@ class FakeEngine:
         if chosen:
             logits[torch.arange(len(chosen)), torch.tensor(chosen)] = 5.0
         return logits
+
+    def _spliced(self, row: Row) -> Row:
+        """A soft prompt's embeddings are numbers that stand for token ids."""
+        if not row.prompt:
+            return row
+        prompt = self.attached[row.prompt].decoder
+        assert prompt is not None
+        values = [int(value) for value in prompt[row.start :, 0]][: len(row.token_ids)]
+        return replace(row, token_ids=values + row.token_ids[len(values) :])
+
+    def attach(self, handle: int, adapter: Adapter) -> None:
+        assert handle not in self.attached
+        assert isinstance(adapter, SoftPrompt)
+        self.attached[handle] = adapter
+
+    def detach(self, handle: int) -> None:
+        del self.attached[handle]
 
     def release(self, slots: Sequence[int]) -> None:
         self.cache.release(slots)
