@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-ray run test test-slow lint types floors check format proto docs clean
+.PHONY: promises audit sbom
 .PHONY: build build-cuda build-test-image integration-tests
 
 help: ## Show this list
@@ -40,6 +41,25 @@ test: install-dev ## Run the quick tests
 
 test-slow: install-dev ## Run the slow tests, or those of TESTS
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(TESTS)
+
+PROMISES := core_killed core_stopped poisoned_request cancelled_streams slow_readers overload \
+	drain hostile_wire supply_chain soak
+
+promises: install-dev ## Measure every promise of docs/reliability.md in full, about two hours
+	for name in $(PROMISES); do $(BIN)/python -m tests.promises.$$name --full --save || true; done
+	$(BIN)/python -m tests.promises.report
+
+$(VENV)/.installed-supply: pyproject.toml | $(VENV)/.installed
+	$(PIP) --editable ".[supply]"
+	@touch $@
+
+audit: $(VENV)/.installed-supply ## Look the locked packages up in the database of vulnerabilities
+	$(BIN)/pip-audit --requirement deploy/requirements.txt --no-deps --disable-pip --strict
+
+sbom: $(VENV)/.installed-supply ## Write build/sbom.json, the locked packages in CycloneDX
+	@mkdir -p build
+	$(BIN)/cyclonedx-py requirements --output-format JSON --output-file build/sbom.json \
+		--pyproject pyproject.toml deploy/requirements.txt
 
 lint: install-dev ## Check style
 	$(BIN)/ruff check
