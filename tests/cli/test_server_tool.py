@@ -81,7 +81,11 @@ def test_help_and_errors_import_nothing_heavy(argv: list[str]) -> None:
     ("argv", "text"),
     [
         (["nothing"], "argument COMMAND: invalid choice: 'nothing' (choose from "),
-        (["quantize", "m", "out", "--act-order"], "quantize: not supported: this version does not"),
+        (["quantize", "m"], "the following arguments are required: OUTPUT_DIR; "),
+        (["quantize", "m", "out", "--act-order"], "--calibration-file: name a text file of the"),
+        (["quantize", "m", "out", "--bits", "3"], "--bits=3: expected a number from 4 to 8"),
+        (["quantize", "m", "out", "--group-size", "0"], "--group-size=0: expected a positive"),
+        (["quantize", "m", "out", "--percdamp", "0"], "--percdamp=0.0: expected a number from"),
         (["convert-to-onnx", "m"], "the following arguments are required: TARGET; "),
         (["download-weights"], "the following arguments are required: MODEL_NAME; text-generation"),
         (["download-weights", "m", "--bogus"], "unrecognized arguments: --bogus; "),

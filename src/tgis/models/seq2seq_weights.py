@@ -110,12 +110,16 @@ class Seq2SeqWeights:
     def mlp_out(self, mlp: str) -> Adaptable:
         """This rank's inner values -> its part of the sum, float32 throughout.
 
-        T5's inner values grow so large that 16 bits lose what matters.
+        T5's inner values grow so large that fewer bits lose what matters.
         """
         columns = self._shard.even(self._spec.intermediate_size, "d_ff")
         shape = (self._spec.hidden_size, self._spec.intermediate_size)
         piece = Piece(f"{mlp}.wo", shape, (self._hidden(),), columns)
-        return self._linear((piece,), torch.float32)
+        formats = self._packing.formats
+        source = LinearSource((piece,), has_bias=False)
+        make = PLAIN.make_linear
+        layer = load_linear(self._checkpoint, source, torch.float32, make, formats)
+        return self.lora.layer(layer, source, torch.float32)
 
     def finish(self) -> None:
         """Check that nothing is left over.
@@ -148,8 +152,8 @@ class Seq2SeqWeights:
         with self._checkpoint.tensor(name, shape) as stored:
             return stored.to(self._dtype, copy=True)
 
-    def _linear(self, pieces: tuple[Piece, ...], dtype: torch.dtype | None = None) -> Adaptable:
+    def _linear(self, pieces: tuple[Piece, ...]) -> Adaptable:
         source = LinearSource(pieces, has_bias=False)
         make, formats = self._packing.make_linear, self._packing.formats
-        layer = load_linear(self._checkpoint, source, dtype or self._dtype, make, formats)
-        return self.lora.layer(layer, source, dtype)
+        layer = load_linear(self._checkpoint, source, self._dtype, make, formats)
+        return self.lora.layer(layer, source)

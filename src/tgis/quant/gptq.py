@@ -169,7 +169,6 @@ def gptq_tensors(name: str, weight: Grouped) -> dict[str, Tensor]:
 
 def _words(values: Tensor, bits: int) -> Tensor:
     """uint8 [rows, n] -> int32 [rows, n x bits / 32], the first value lowest."""
-    values = values.contiguous()
     if bits == 4:
         values = values[:, ::2] | values[:, 1::2] << 4
-    return values.contiguous().view(torch.int32)
+    return values.flatten().view(torch.int32).view(len(values), -1)
