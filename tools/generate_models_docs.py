@@ -11,7 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.engines import hf_models, test_native_seq2seq
+from tests.engines import (
+    hf_models,
+    onnx_files,
+    test_fms,
+    test_native_seq2seq,
+    test_onnx_export,
+    test_optimum,
+)
 from tests.models import twins
 
 from tgis.engines.registry import ENGINES
@@ -34,9 +41,11 @@ known to it, else Transformers.
 |---|---|
 | `tgis_native` | our own networks: one decoder, families as tables, fused CPU kernels; float32, bfloat16, float16; continuous batching with chunked prefill, prefix caching, tensor parallelism |
 | `hf_transformers`, `hf_accelerate`, `hf_optimum_bt` | any causal or sequence-to-sequence model that Transformers can load, in padded batches whose rows join and leave |
+| `hf_optimum_ort` | ONNX files in Optimum's layout, made by Optimum or by `text-generation-server convert-to-onnx`; extra `ort` |
+| `ibm_fms` | checkpoints that IBM's Foundation Model Stack loads; extra `fms` |
 
-Other packages add engines through the entry point group `tgis.engines`. Quantised checkpoints
-(GPTQ, AWQ, bitsandbytes), ONNX Runtime and IBM FMS are refused by name until they exist.
+[engines.md](engines.md) says how to choose. Other packages add engines through the entry point
+group `tgis.engines`.
 
 ## Native families
 
@@ -50,6 +59,14 @@ GENERAL = """
 Whatever `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` loads. These kinds are compared with
 `generate` token by token, alone and in batches whose rows join and leave
 (`tests/engines/test_hf.py`):
+
+"""
+OTHERS = """
+## Engines of other libraries
+
+Shapes that are compared with Transformers in the same way: through files that `convert-to-onnx`
+has made (`tests/engines/test_ort.py`, `test_onnx_export.py`), through files that Optimum has made
+(`test_optimum.py`), and in the Foundation Model Stack (`test_fms.py`).
 
 """
 TAIL = """
@@ -86,7 +103,20 @@ def page() -> str:
         + GENERAL
         + table("| model_type | shapes |", general_rows)
         + TAIL
+        + OTHERS
+        + table("| model_type | convert-to-onnx | Optimum's files | ibm_fms |", other_rows())
     )
+
+
+def other_rows() -> list[tuple[str, ...]]:
+    """The engines of other libraries, by model type."""
+    columns = [
+        onnx_files.CONFIGS | {name: hf_models.CONFIGS[name] for name in test_onnx_export.FAMILIES},
+        test_optimum.DECODERS | {"t5": onnx_files.CONFIGS["t5"]},
+        test_fms.CONFIGS,
+    ]
+    types = sorted({config.model_type for configs in columns for config in configs.values()})
+    return [(f"`{name}`", *(shapes(configs, name) for configs in columns)) for name in types]
 
 
 def _alias(model_type: str) -> str:

@@ -77,16 +77,24 @@ def test_a_setting_is_obeyed(name: str, caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.messages == ["tgis_native is the recommended engine for models of type bloom"]
 
 
+@pytest.mark.parametrize(
+    ("name", "module"), [("hf_optimum_ort", "tgis.engines.ort"), ("ibm_fms", "tgis.engines.fms")]
+)
+def test_engines_of_other_libraries(name: str, module: str) -> None:
+    assert choose_engine(name, "llama").value == f"{module}:load"
+
+
 def test_what_is_impossible_says_what_is_possible() -> None:
     message = (
         "DEPLOYMENT_FRAMEWORK = ds_inference: this installation has no such engine; a model of"
-        " type mamba can be served by hf_transformers, hf_accelerate, hf_optimum_bt"
+        " type mamba can be served by hf_transformers, hf_accelerate, hf_optimum_bt, hf_optimum_ort"
     )
     with pytest.raises(ConfigError) as refused:
         choose_engine("ds_inference", "mamba")
     assert str(refused.value) == message
-    with pytest.raises(ConfigError, match="can be served by tgis_native, hf_transformers"):
-        choose_engine("ibm_fms", "llama")
+    text = "can be served by tgis_native, hf_transformers, .*, hf_optimum_ort, ibm_fms$"
+    with pytest.raises(ConfigError, match=text):
+        choose_engine("ds_inference", "llama")
     with pytest.raises(ModelError, match=r"does not serve models of type mamba \(only .*llama.*\)"):
         choose_engine("tgis_native", "mamba")
 
@@ -110,7 +118,7 @@ def test_another_package_can_register_an_engine(model: Path) -> None:
     assert engine.caps.name == "Toy"
     assert engine.arguments == (config, files, torch.bfloat16)  # type: ignore[attr-defined]
     assert told == [(1, 1)]
-    with pytest.raises(ConfigError, match="hf_optimum_bt, Toy, lost"):
+    with pytest.raises(ConfigError, match="hf_optimum_ort, Toy, lost"):
         choose_engine("ds_inference", "mamba")
 
 

@@ -215,6 +215,9 @@ def test_onnx_weights_for_the_onnx_engine_alone(tmp_path):
     path = write_model(tmp_path / "m", weights=("decoder.onnx",))
     assert found(path, DEPLOYMENT_FRAMEWORK="hf_optimum_ort").weights == ("decoder.onnx",)
     assert "Weights not found" in refusal(path)
+    (path / "decoder.onnx_data").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    with pytest.raises(ModelError, match=r"decoder.onnx_data is a Git LFS pointer"):
+        found(path, DEPLOYMENT_FRAMEWORK="hf_optimum_ort")
 
 
 @pytest.mark.parametrize(

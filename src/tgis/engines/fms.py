@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tgis.config import Config
 from tgis.engines.base import EngineCaps
+from tgis.engines.fms_families import FAMILIES, FREE_HEADS, SCALED_ROPE, VALUES
 from tgis.engines.padded import Inputs, PaddedEngine, merge_rows
 from tgis.engines.probe import choose_batching
 from tgis.errors import ConfigError, ModelError
@@ -30,25 +31,6 @@ log = logging.getLogger(__name__)
 NAME = "ibm_fms"
 INSTALL = "pip install 'tgis[fms]'"
 ELSEWHERE = "DEPLOYMENT_FRAMEWORK = tgis_native or hf_transformers serves such models"
-# What the library loads and the tests compare with Transformers; of its others, some are no
-# decoders, and some keep more than keys and values.
-FAMILIES = {
-    "gpt_bigcode": "GPTBigCodeForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
-_FREE_HEADS = ("granite", "mistral")  # heads of any size
-_SCALED = "llama3"  # the scaled rotary positions that it computes as Transformers does
-# Settings that its networks take for granted, the default first.
-_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "llama": {"hidden_act": ("silu",)},
-    "gpt_bigcode": {
-        "activation_function": ("gelu_pytorch_tanh",),
-        "scale_attn_weights": (True,),
-        "multi_query": (True,),
-    },
-}
 
 
 @dataclass(slots=True)
@@ -75,7 +57,7 @@ def load(
     _check(files)
     rope = _rope(files.config)
     # With Transformers 5 the library does not find this one itself.
-    scaling = {"rope_scaling": rope} if rope.get("rope_type") == _SCALED else {}
+    scaling = {"rope_scaling": rope} if rope.get("rope_type") == SCALED_ROPE[0] else {}
     try:
         with redirect_stdout(StringIO()):  # it prints
             model = get_model(
@@ -192,16 +174,16 @@ def _unserved(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a model that the library would ignore, or stumble over."""
     found: dict[str, Any] = {}
     kind = _rope(config).get("rope_type", "default")
-    if kind != "default" and (kind, config["model_type"]) != (_SCALED, "llama"):
+    if kind != "default" and (kind, config["model_type"]) != SCALED_ROPE:
         found["rope_type"] = kind
     window = config.get("sliding_window")
     if window is not None and window < config.get("max_position_embeddings", window + 1):
         found["sliding_window"] = window
     heads, size = config.get("num_attention_heads"), config.get("head_dim")
-    is_free = config["model_type"] in _FREE_HEADS
+    is_free = config["model_type"] in FREE_HEADS
     if size and heads and size * heads != config.get("hidden_size") and not is_free:
         found["head_dim"] = size
-    for key, values in _VALUES.get(config["model_type"], {}).items():
+    for key, values in VALUES.get(config["model_type"], {}).items():
         if config.get(key, values[0]) not in values:
             found[key] = config.get(key)
     return found

@@ -6,7 +6,7 @@ their own. Nothing of an engine is imported before it is chosen.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from tgis.config import Config
 from tgis.config.model import ENGINE_GROUP
 from tgis.engines.base import Engine
+from tgis.engines.fms_families import FAMILIES as FMS_FAMILIES
 from tgis.errors import ConfigError, ModelError
 from tgis.hub.safetensors import Progress
 from tgis.models.collectives import Group
@@ -41,6 +42,8 @@ ENGINES: dict[str, str] = {
     "ibm_fms": "tgis.engines.fms:load",
 }
 
+# Engines that serve some families only.
+_ONLY: dict[str, Collection[str]] = {NATIVE: NATIVE_TYPES, "ibm_fms": FMS_FAMILIES}
 # Engines whose files or numbers are not the native one's, so that it cannot stand in for them.
 _WHOLE = ("hf_optimum_ort", "ibm_fms")
 
@@ -97,13 +100,13 @@ def choose_engine(framework: str | None, model_type: str) -> EntryPoint:
         framework = NATIVE if known else GENERAL
     engines = _engines()
     if framework not in engines:
-        possible = ", ".join(name for name in engines if known or name != NATIVE)
+        possible = ", ".join(_possible(engines, model_type))
         raise ConfigError(
             f"DEPLOYMENT_FRAMEWORK = {framework}: this installation has no such engine;"
             f" a model of type {model_type} can be served by {possible}"
         )
     if framework == NATIVE and not known:
-        possible = ", ".join(name for name in engines if name != NATIVE)
+        possible = ", ".join(_possible(engines, model_type))
         raise ModelError(
             f"DEPLOYMENT_FRAMEWORK = {NATIVE} does not serve models of type {model_type} (only"
             f" {', '.join(sorted(NATIVE_TYPES))}); others are served by {possible}"
@@ -111,6 +114,11 @@ def choose_engine(framework: str | None, model_type: str) -> EntryPoint:
     if known and framework != NATIVE:
         log.warning("%s is the recommended engine for models of type %s", NATIVE, model_type)
     return engines[framework]
+
+
+def _possible(engines: Iterable[str], model_type: str) -> list[str]:
+    """Engines that may serve such a model."""
+    return [name for name in engines if model_type in _ONLY.get(name, (model_type,))]
 
 
 def _splitting(framework: str | None, model_type: str, num_ranks: int) -> str:

@@ -16,6 +16,7 @@ from tgis.hub.facts import read_facts
 from tgis.types import ModelFiles
 
 _LFS_POINTER = b"version https://git-lfs"
+_ONNX = (".onnx", ".onnx_data", ".onnx.data")  # graphs, and weights too large for them
 _INDEX = "model.safetensors.index.json"
 
 
@@ -125,8 +126,8 @@ def _weights(path: Path, name: str, *, onnx: bool) -> tuple[str, ...]:
     Raises:
         ModelError: there are none, one is missing or only stands in for the real file.
     """
-    suffix = ".onnx" if onnx else ".safetensors"
-    names = sorted(file.name for file in path.glob(f"*{suffix}"))
+    suffixes = _ONNX if onnx else (".safetensors",)
+    names = sorted(file.name for suffix in suffixes for file in path.glob(f"*{suffix}"))
     if not names and onnx:
         names = sorted(file.name for file in path.glob("*.safetensors"))
     if not names:
