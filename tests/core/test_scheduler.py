@@ -138,6 +138,19 @@ def test_remove_in_every_state() -> None:
     assert not driver.scheduler.has_work
 
 
+def test_prompts_take_little_of_a_step_in_which_others_decode() -> None:
+    driver = Driver.make(slots=4, budget=32, mixed=5)
+    driver.add(request(1, prompt_len=40, max_new=30))
+    assert [row.num_tokens for row in driver.step().rows] == [32]  # nobody waits for it
+    driver.add(request(2, prompt_len=12, max_new=30))
+    assert [row.num_tokens for row in driver.step().rows] == [8, 12]
+    driver.add(request(3, prompt_len=12, max_new=30))
+    for chunk in (5, 5, 2, 1):
+        assert [row.num_tokens for row in driver.step().rows] == [1, 1, chunk]
+    driver.run()
+    assert set(driver.done) == {1, 2, 3}
+
+
 def test_a_budget_that_running_sequences_would_use_up_is_refused() -> None:
     with pytest.raises(ValueError, match="max_step_tokens 4"):
         Driver.make(slots=4, budget=4)
@@ -150,6 +163,7 @@ def test_any_interleaving_keeps_the_accounts_and_the_tokens(data: st.DataObject)
         slots=data.draw(st.integers(1, 4)),
         tokens=data.draw(st.integers(40, 120)),
         budget=data.draw(st.integers(6, 40)),
+        mixed=data.draw(st.none() | st.integers(1, 9)),
     )
     adds: dict[int, Add] = {}
     for number in range(data.draw(st.integers(1, 60))):

@@ -60,6 +60,7 @@ class Driver:
         granule: int = 1,
         caching: bool = True,
         horizon: float = 16,
+        mixed: int | None = None,
     ) -> "Driver":
         """Rows, or blocks of `block_tokens`."""
         memory: KvMemory
@@ -74,6 +75,7 @@ class Driver:
             memory,
             PagedBudget(memory.total, horizon=horizon),
             max_step_tokens=budget,
+            max_mixed_tokens=mixed,
             max_running=slots,
             eos_token_ids=[eos],
         )

@@ -119,6 +119,7 @@ class StepBench:
             pool.memory,
             pool.budget,
             max_step_tokens=pool.max_step_tokens,
+            max_mixed_tokens=config.max_mixed_tokens,
             max_running=pool.max_running,
             eos_token_ids=files.eos_token_ids,
         )

@@ -200,6 +200,15 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             unset="the engine's choice",
         ),
     ] = None
+    max_mixed_tokens: Annotated[
+        int | None,
+        Setting(
+            LIMITS,
+            "of those, tokens of prompts at most where other sequences wait for their next token",
+            check=at_least(1),
+            unset="no limit of its own; about 100 keeps streams even when many prompts come",
+        ),
+    ] = None
     prefix_caching: Annotated[
         bool,
         Setting(

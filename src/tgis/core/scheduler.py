@@ -34,6 +34,8 @@ class Scheduler:
         budget: says whether a waiting sequence may join the running ones.
         max_step_tokens: new tokens that one step computes at most. An engine that cannot compute a
             prompt in chunks needs so many that none is ever cut.
+        max_mixed_tokens: new tokens of prompts that a step computes at most beside sequences that
+            wait for their next token; None = no limit of its own.
         max_running: sequences that hold memory at the same time at most.
         eos_token_ids: any of them ends a sequence.
     """
@@ -44,6 +46,7 @@ class Scheduler:
         budget: Budget,
         *,
         max_step_tokens: int,
+        max_mixed_tokens: int | None = None,
         max_running: int,
         eos_token_ids: Iterable[int],
     ) -> None:
@@ -52,6 +55,7 @@ class Scheduler:
         self._memory = memory
         self._budget = budget
         self._max_step_tokens = max_step_tokens
+        self._max_mixed_tokens = max_mixed_tokens or max_step_tokens
         self._max_running = max_running
         self._eos = frozenset(eos_token_ids)
         self._waiting = Waiting()
@@ -136,6 +140,8 @@ class Scheduler:
                 row.prompt, row.lora = seq.prompt, seq.lora
                 rows.append(row)
         budget = self._max_step_tokens - len(rows)
+        if rows:
+            budget = min(budget, self._max_mixed_tokens)
         for seq in prompts:
             if budget and seq.slot >= 0:
                 budget -= _add_chunk(seq, budget, rows)
