@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -268,6 +269,23 @@ async def test_a_model_in_parts(server: Server) -> None:
         assert len(named(pid, "tgis.engines.rank_main")) == 1
         async with stub(whole) as service:
             assert (await service.Generate(request)).responses[0].text == expected
+
+
+def test_a_port_that_is_taken() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(AssertionError, match=r"tgis: --port=\d+: cannot listen on 127.0.0.1: Addr"),
+        run_on_ray(DEMO, http_port=taken.getsockname()[1]),
+    ):
+        pass
+
+
+def test_a_replica_that_cannot_start() -> None:
+    with (
+        pytest.raises(AssertionError, match=r"tgis: cannot serve: .*--kv-cache-memory"),
+        run_on_ray(DEMO, "--kv-cache-memory=1MB", "--ray-cpus=0.25"),
+    ):
+        pass
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -70,15 +70,16 @@ def ray_directory() -> Iterator[Path]:
 
 @contextmanager
 def run_on_ray(
-    model: Path, *flags: str, dtype: str = "float32", env: dict[str, str] | None = None
+    model: Path, *flags: str, dtype: str = "float32", http_port: int | None = None
 ) -> Iterator[Server]:
     """Replicas behind Serve's proxies for the length of a block; nothing is left afterwards.
 
     Args:
-        env: variables on top of an environment that configures nothing.
+        http_port: None for any free one.
     """
     require_ray()
-    grpc_port, http_port = free_ports(2)
+    grpc_port, free_port = free_ports(2)
+    http_port = http_port or free_port
     with ray_directory() as directory:
         command = [sys.executable, "-m", "tgis.cli.main", "serve", str(model), "--dtype", dtype]
         command += ["--host", "127.0.0.1", "--grpc-port", str(grpc_port), "--port", str(http_port)]
@@ -89,7 +90,7 @@ def run_on_ray(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=ray_environment(directory) | (env or {}),
+                env=ray_environment(directory),
                 cwd=directory,
                 start_new_session=True,
             )

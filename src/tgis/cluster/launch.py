@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from ray import serve
 from tgis.cluster.app import NAME, application
 from tgis.cluster.options import RayOptions
 from tgis.config import Config
+from tgis.config.fields import flag_of
 from tgis.errors import ConfigError, StartupError
 from tgis.hub.resolve import resolve
 from tgis.observe import logs
@@ -54,6 +56,8 @@ def run(config: Config, options: RayOptions) -> int:
     logs.configure(config.log_level, config.log_format, "ray")
     app = application(config, options)
     resolve(config)  # what is not there is not there on the other nodes either
+    if options.address is None:
+        _check_ports(config)
     with _signals() as told:
         try:
             connect(options)
@@ -68,16 +72,33 @@ def run(config: Config, options: RayOptions) -> int:
     return 0
 
 
+def _check_ports(config: Config) -> None:
+    """Bind for a moment: Serve would try again and again without a word.
+
+    Raises:
+        ConfigError: a port is taken, or is to be chosen by the system.
+    """
+    for name, host in (("port", config.host), ("grpc_port", "0.0.0.0")):
+        port = getattr(config, name)
+        where = f"{config.origins.get(name, flag_of(name))}={port}"
+        if port == 0:
+            raise ConfigError(f"{where}: clients could not find it; expected a port from 1")
+        try:
+            socket.create_server((host, port)).close()
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot listen on {host}: {error.strerror}") from None
+
+
 def _deploy(config: Config, app: serve.Application) -> None:
     log.info("deploying on Ray %s", ray.__version__)
-    serve.start(
-        http_options={"host": config.host, "port": config.port},
-        grpc_options={"port": config.grpc_port, "grpc_servicer_functions": [SERVICERS]},
-    )
     try:
+        serve.start(
+            http_options={"host": config.host, "port": config.port},
+            grpc_options={"port": config.grpc_port, "grpc_servicer_functions": [SERVICERS]},
+        )
         serve.run(app, name=NAME, route_prefix="/")
     except RuntimeError as error:
-        raise StartupError(f"no replica could start: {_last_line(error)}") from None
+        raise StartupError(f"cannot serve: {_last_line(error)}") from None
     log.info("ready on gRPC port %d, HTTP port %d", config.grpc_port, config.port)
 
 
