@@ -1,8 +1,10 @@
 """LoRA in every family against `transformers` with merged weights."""
 
 import gc
+import json
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ from tests.models.twins import (
 from torch import Tensor
 
 from tgis.adapters.lora import LoraTarget
-from tgis.engines.plan import KvCopy, Row, Want
+from tgis.engines import native
+from tgis.engines.base import CacheShape
+from tgis.engines.plan import KvCopy, Row, StepPlan, Want
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -155,6 +159,25 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Twin:
     path = tmp_path_factory.mktemp("llama")
     save_checkpoint(path, CONFIGS["llama"])
     return make_twin(path)
+
+
+@pytest.mark.parametrize("quantize", ["int8-dynamic"])
+def test_on_quantised_layers(tmp_path: Path, quantize: str) -> None:
+    """Additions are computed from the same rows that the quantised layer reads."""
+    save_checkpoint(tmp_path, CONFIGS["llama-aligned"])
+    twin = make_twin(tmp_path, torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    engine = native.load(tmp_path, config, torch.bfloat16, quantize=quantize)
+    engine.allocate(CacheShape(2, SLOT_TOKENS))
+    lora = random_lora(targets(engine).values())
+    ids = random_ids(1, 40)
+    exact = logits(merged(twin.oracle, lora, targets(engine)), ids)
+    engine.attach(1, lora)
+    rows = [Row(n, n, ids, 0, Want.ALL, lora=1 - n) for n in range(2)]
+    adapted, plain = engine.forward(StepPlan(rows)).split(len(ids))
+    assert rms(adapted - exact) < 0.1 * rms(exact)
+    assert rms(plain - exact) > 0.5 * rms(exact)
+    assert rms(plain - twin.expected(ids)) < 0.1 * rms(exact)
 
 
 def test_detaching_frees_the_memory(llama: Twin) -> None:
