@@ -46,7 +46,7 @@ def test_every_path_exists() -> None:
     assert len(set(paths)) > 8
     for path in paths:
         assert (ROOT / path).exists(), path
-    for link in re.findall(r"\]\((\w[\w./]*)", GUIDE):
+    for link in re.findall(r"\]\((\w[\w./-]*)", GUIDE):
         assert (ROOT / "docs" / link).exists(), link
 
 
