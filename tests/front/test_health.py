@@ -1,8 +1,10 @@
 """The state machine of health, and the HTTP pages that show it."""
 
 import asyncio
+import contextlib
 import json
 import random
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -244,3 +246,62 @@ async def test_http_and_grpc_agree_in_every_state_of_a_long_walk(
             assert (status == serving) is (expected is State.READY), number
     await server.stop(0)
     assert seen == set(State)
+
+
+def dribble(pages: aiohttp.ClientSession, data: bytes) -> socket.socket:
+    """A connection on which only the beginning of a request comes."""
+    url = pages._base_url
+    assert url is not None
+    sock = socket.create_connection((str(url.host), url.port or 0), 5)
+    sock.sendall(data)
+    return sock
+
+
+async def closed(sock: socket.socket) -> bool:
+    with contextlib.suppress(ConnectionResetError):
+        while await asyncio.to_thread(sock.recv, 1 << 16):
+            pass
+    return True
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /health HTTP/1.1\r\nHost: ", b"GET"])
+async def test_a_request_that_does_not_come_in_whole_ends(
+    monkeypatch: pytest.MonkeyPatch, house: House, probe: FakeProbe, data: bytes
+) -> None:
+    monkeypatch.setattr(http_api, "_REQUEST_SECONDS", 0.05)
+    metrics = Metrics(Limits(512, 511, 8))
+    app = http_api.make_app(house.health, house.link, probe, metrics)  # type: ignore[arg-type]
+    runner, port = await http_api.start(app, "127.0.0.1", 0)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        with dribble(session, data) as sock:
+            assert await closed(sock)
+    await runner.cleanup()
+
+
+async def test_an_answer_that_nobody_reads_ends(
+    monkeypatch: pytest.MonkeyPatch, pages: aiohttp.ClientSession
+) -> None:
+    monkeypatch.setattr(http_api, "_REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(Metrics, "render", lambda _: bytes(64 << 20))  # no buffer takes it whole
+    with dribble(pages, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n") as sock:
+        assert await asyncio.to_thread(sock.recv, 1)
+        await asyncio.sleep(0.2)  # in which nothing is read
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while data := await asyncio.to_thread(sock.recv, 1 << 20):
+                received += len(data)
+    assert received < 64 << 20
+
+
+async def test_the_oldest_connection_gives_way(
+    monkeypatch: pytest.MonkeyPatch, pages: aiohttp.ClientSession
+) -> None:
+    monkeypatch.setattr(http_api, "_MAX_CONNECTIONS", 2)
+    idle = [dribble(pages, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(2)]
+    for sock in idle:  # the server knows them
+        assert await asyncio.to_thread(sock.recv, 1)
+    async with pages.get("/health") as answer:
+        assert answer.status == 503
+    assert await closed(idle[0])
+    for sock in idle:
+        sock.close()

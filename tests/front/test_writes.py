@@ -9,6 +9,7 @@ from tests.front.test_grpc_server import SINGLE, Service, running
 from tests.kit import http2
 from tests.kit.waiting import until
 
+from tgis.front import grpc_server
 from tgis.front.writes import Peer, peer_of, shut_down
 
 GENERATE_STREAM = "/fmaas.GenerationService/GenerateStream"
@@ -88,3 +89,16 @@ async def test_a_client_that_reads_is_left_alone() -> None:
         while await call.read() is not grpc.aio.EOF:
             pass
     assert not cut
+
+
+async def test_connections_beyond_the_limit_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "_MOST_CONNECTIONS", 3)
+    async with running(Service()) as here:
+        address = f"127.0.0.1:{here.port}"
+        open_ = [await asyncio.to_thread(http2.connect, address) for _ in range(3)]
+        for sock in open_:  # the server has spoken, so the connection counts
+            assert await asyncio.to_thread(sock.recv, 1)
+        over = await asyncio.to_thread(http2.connect, address)
+        assert await ended(over)
+        for sock in [*open_, over]:
+            sock.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import resource
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,8 +42,8 @@ _OPTIONS = {
     # A connection that says nothing of HTTP/2, or has had no call for long, makes room.
     "grpc.server_handshake_timeout_ms": 20_000,
     "grpc.max_connection_idle_ms": 30 * 60_000,
-    "grpc.max_allowed_incoming_connections": 4096,
 }
+_MOST_CONNECTIONS = 4096
 _AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 # Calls beside those that generate: tokenization, health checks, reflection.
@@ -68,6 +69,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             options=[
                 *_OPTIONS.items(),
+                ("grpc.max_allowed_incoming_connections", _max_connections()),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 # All on one connection is as good as each on its own: too much is refused by name.
                 ("grpc.max_concurrent_streams", config.max_concurrent_requests + _SPARE_CALLS),
@@ -124,6 +126,12 @@ class GrpcServer:
             return self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise _cannot_listen(self._config, error) from error
+
+
+def _max_connections() -> int:
+    """So many that a quarter of the files that this process may open is left for all else."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(_MOST_CONNECTIONS, files * 3 // 4) if files > 0 else _MOST_CONNECTIONS
 
 
 def _check_address(config: Config) -> None:
