@@ -273,8 +273,27 @@ def step_table() -> None:
             print(f"{name} {rows:3} rows: {whole} = {speed:.0f} tokens/s;  python's: {parts}")
 
 
+def mixed_table() -> None:
+    """What a batch of mixed lengths costs beside one of the same bytes in equal lengths."""
+    print("\nAttention of one layer from memory, us: mixed lengths beside equal ones, same bytes")
+    mixed = [16 + round((2048 - 16) * i / 31) for i in range(32)]
+    equal = [sum(mixed) // 32] * 32
+    copies = COLD_BYTES // (sum(mixed) * 4 * 64 * 4)
+    batches = {
+        name: [Batch([(1, n) for n in lengths], 12, 4, 64) for _ in range(copies)]
+        for name, lengths in {"16..2048": mixed, "all 1032": equal}.items()
+    }
+    variants: dict[str, Variant] = {
+        name: lambda i, made=made: made[i % copies].kernel() for name, made in batches.items()
+    }
+    results = take_turns(variants, 40)
+    ratio = results["16..2048"] / results["all 1032"]
+    show(f"32 sequences: {ratio:.2f} times", results)
+
+
 TABLES = {
     "attention": attention_table,
+    "mixed": mixed_table,
     "linear": linear_table,
     "small": small_table,
     "step": step_table,
