@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from tests.kit.ranks import connected
 from tests.models.twins import CONFIGS, random_ids, save_checkpoint
 from tokenizers import Tokenizer
 
 from tgis.demo import model_dir
-from tgis.engines import native
+from tgis.engines import native, native_seq2seq
 from tgis.engines.base import CacheShape
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.errors import ConfigError
+from tgis.models.collectives import Group
 from tgis.models.kernels.linear import int8_linear
 from tgis.models.packing import PACKINGS, PLAIN, choose_packing
 
@@ -36,8 +39,45 @@ def test_every_family_computes_in_int8(tmp_path: Path, name: str, dtype: torch.d
     plan = StepPlan([Row(0, 0, random_ids(3, 40, CONFIGS[name].vocab_size), 0, Want.ALL)])
     expected = load(tmp_path, torch.float32, None).forward(plan)
     computed = load(tmp_path, dtype, "int8-dynamic").forward(plan)
+    near(computed, expected)
+
+
+def near(computed: torch.Tensor, expected: torch.Tensor) -> None:
     error = (computed - expected).norm() / (expected - expected.mean()).norm()
     assert 1e-4 < error < 0.25  # of tiny networks with random weights
+
+
+def test_two_ranks_compute_in_int8(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, CONFIGS["llama-aligned"])
+    plan = StepPlan([Row(0, 0, random_ids(3, 40), 0, Want.ALL)])
+    expected = load(tmp_path, torch.float32, None).forward(plan)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def run(group: Group) -> torch.Tensor:
+        engine = native.load(tmp_path, config, torch.bfloat16, group=group, quantize="int8-dynamic")
+        engine.allocate(CacheShape(2, 64))
+        return engine.forward(plan)
+
+    with connected(2) as ranks:
+        computed, _ = ranks.each(run)
+    assert isinstance(computed, torch.Tensor)
+    near(computed, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_encoder_decoders_compute_in_int8(tmp_path: Path, dtype: torch.dtype) -> None:
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    shape = transformers.T5Config(**sizes, vocab_size=160, feed_forward_proj="gated-gelu")
+    torch.manual_seed(3)
+    transformers.T5ForConditionalGeneration(shape).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    row = Row(0, 0, [0], 0, Want.LAST, encoder_ids=random_ids(5, 30))
+    logits = []
+    for kind, quantize in ((torch.float32, None), (dtype, "int8-dynamic")):
+        engine = native_seq2seq.load(tmp_path, config, kind, quantize=quantize)
+        engine.allocate(CacheShape(2, 64))
+        logits.append(engine.forward(StepPlan([row])).clone())
+    near(logits[1], logits[0])
 
 
 def test_unknown_methods_are_refused() -> None:
