@@ -31,8 +31,9 @@ the step's index tensors and the embeddings; python: the rest of what is not the
 Sums = defaultdict[str, float]
 """Seconds by part."""
 
-_KERNELS = {"tgis_linear_bf16": "linears", "tgis_linear_int8": "linears"} | {
-    "tgis_attention": "attention"
+_KERNELS = {
+    **dict.fromkeys(("tgis_linear_bf16", "tgis_linear_int8", "tgis_linear_grouped"), "linears"),
+    "tgis_attention": "attention",
 }
 _OPERATORS = {
     "mkldnn::_linear_pointwise": "linears",

@@ -120,6 +120,7 @@ def choose_packing(
         raise ConfigError(f"QUANTIZE = {quantize}: not with DTYPE = float16 (bfloat16, float32)")
     if quantize == "bitsandbytes":
         check_bitsandbytes()
+    log.info("linear layers become %s as they are loaded: asked for", quantize)
     return PACKINGS[quantize]
 
 
