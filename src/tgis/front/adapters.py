@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
-from tgis.config.setting import one_line
 from tgis.errors import InvalidRequest, Overloaded, RequestError, Unavailable
 from tgis.front.link import CoreLink
 from tgis.observe.metrics import Metrics
@@ -23,6 +22,7 @@ Request = pb.BatchedGenerationRequest | pb.SingleGenerationRequest | pb.BatchedT
 
 _ID = re.compile(r"[/\w\-]+")
 _MAX_ID = 1024  # characters; file systems allow little more
+_SHOWN = 200  # characters of an id in a message
 _MAX_LOOKUPS = 256  # different adapters that are looked up at the same time
 _LOOKUP_SECONDS = 30.0
 _METRICS = {AdapterKind.PROMPT: "tgi_prompt_load", AdapterKind.LORA: "tgi_lora_load"}
@@ -198,7 +198,7 @@ class Adapters:
     ) -> RequestError:
         self._metrics.count(f"{_METRICS[kind]}_failure")
         error = Overloaded if busy else InvalidRequest
-        return error(text.format(id=one_line(adapter_id), message=message))
+        return error(text.format(id=_shown(adapter_id), message=message))
 
     def _look_up(self, adapter_id: str) -> _Pin:
         """The lookup of this id that is under way, else a new one."""
@@ -215,3 +215,9 @@ class Adapters:
     def _give_back(self, answer: Found | NotFound | None) -> None:
         if isinstance(answer, Found):
             self._link.unpin(answer.handle)
+
+
+def _shown(adapter_id: str) -> str:
+    """An id for a message: cut, and nothing that does not print."""
+    cut = adapter_id if len(adapter_id) <= _SHOWN else adapter_id[:_SHOWN] + "..."
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
