@@ -64,8 +64,8 @@ class Case:
 MIXED = [0, 1, -1, 2, 0, 2, -1, 2]
 
 
-@pytest.mark.parametrize("num_inputs", [1, 2, 48, 61, 128])
-@pytest.mark.parametrize("widths", [(16,), (48, 16, 16), (60, 60), (7, 3, 1), (600,)], ids=str)
+@pytest.mark.parametrize("num_inputs", [1, 48, 61])
+@pytest.mark.parametrize("widths", [(16,), (48, 16, 16), (7, 3, 1), (600,)], ids=str)
 def test_mixed_adapters(
     native: ModuleType,
     dtype: torch.dtype,
@@ -78,7 +78,7 @@ def test_mixed_adapters(
     Case(generator, dtype, ranks, widths, num_inputs, MIXED).check()
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4, 5, 8, 9, 33])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 4, 5, 9, 33])
 def test_numbers_of_rows(
     native: ModuleType, dtype: torch.dtype, generator: torch.Generator, num_rows: int
 ) -> None:
@@ -114,6 +114,15 @@ def test_float32_output(native: ModuleType, dtype: torch.dtype, generator: torch
     case = Case(generator, dtype, [(4,), (6,)], (50,), 24, [0, 1, -1, 1, 1])
     case.y = case.y.float()
     assert case.check().dtype == torch.float32
+
+
+def test_a_large_adapter(
+    native: ModuleType, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Its memory is not torch's."""
+    case = Case(generator, dtype, [(40,)], (30_000,), 3001, [0, -1, 0])
+    assert case.ours[0].num_bytes > 2 << 20
+    case.check()
 
 
 def test_a_layer_that_is_not_adapted(
