@@ -15,7 +15,7 @@ from tgis.errors import ConfigError
 if TYPE_CHECKING:
     from tgis.adapters.load import Rules
     from tgis.adapters.prompts import SoftPrompt
-    from tgis.adapters.store import Directory, Store
+    from tgis.adapters.store import Directory, Refused, Store
 
 _MIB = 1 << 20
 _MOST_ROWS = 1 << 16  # where no model says how many a prompt may have
@@ -54,7 +54,7 @@ def _list(arguments: argparse.Namespace) -> int:
             with store.open(adapter_id) as directory:
                 what = directory.kind().name.lower()
         except Refused as error:
-            what = f"unsupported: {error}"
+            what = f"bad: {_reason(error)}"
         print(f"{adapter_id}\t{what}")
     return 0
 
@@ -75,10 +75,18 @@ def _check(arguments: argparse.Namespace) -> int:
                 print(f"ok\t{adapter_id}\t{check(directory)}")
             num_good += 1
         except Refused as error:
-            print(f"BAD\t{adapter_id}\t{error}")
+            print(f"BAD\t{adapter_id}\t{_reason(error)}")
             num_bad += 1
     print(f"{num_good} ok, {num_bad} bad")
     return 1 if num_bad else 0
+
+
+def _reason(error: "Refused") -> str:
+    from tgis.types import Cause
+
+    if error.cause is Cause.UNSUPPORTED:  # the message is the type
+        return f"adapter type {error} is not currently supported"
+    return str(error)
 
 
 def _store(directory: str) -> "Store":
