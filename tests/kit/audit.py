@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Of a developer's checkout: caches of tools, and what is built.
 _IN_CHECKOUT = (".hypothesis", ".pytest_cache", ".ruff_cache", ".mypy_cache", "build")
-_DEVICES = ("/dev/null", "/dev/tty", "/dev/shm/", "/dev/stdout", "/dev/stderr")
+# Ray is a cluster of its own beside the servers that it starts, and never in one.
+_BESIDE = "/site-packages/ray/"
+_DEVICES = ("/dev/null", "/dev/tty", "/dev/shm/", "/dev/std", "/dev/termination-log")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -49,6 +51,8 @@ def install(record: Path) -> None:
 
     def note(text: str) -> None:
         frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack()[:-3]]
+        if any(_BESIDE in frame for frame in frames):
+            return
         os.write(fd, f"{text} by {' < '.join(reversed(frames[-6:]))}\n".encode())
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -108,7 +112,9 @@ def _written(args: tuple[Any, ...], allowed: tuple[str, ...]) -> str | None:
         if "__pycache__" in name or name.startswith(("/proc/", *_DEVICES)):
             continue
         place = os.path.realpath(os.path.dirname(name))
-        if not any(place == root or place.startswith(root + "/") for root in allowed):
+        if not os.path.isdir(place) or name == "/":
+            continue  # which cannot succeed
+        if not any(f"{real}/".startswith(root + "/") for root in allowed for real in (place, name)):
             return name
     return None
 

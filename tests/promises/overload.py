@@ -26,15 +26,17 @@ FLAGS = ("--max-concurrent-requests", str(PERMITS), "--max-batch-size", "16", "-
 class Load:
     """What came of some load."""
 
-    seconds: float = 0.0
     tokens: int = 0
+    goodput: float = 0.0  # tokens of answered requests a second, once all is under way
     refusals: list[float] = field(default_factory=list)  # seconds until each was refused
     codes: Counter[str] = field(default_factory=Counter)
 
-    @property
-    def goodput(self) -> float:
-        """Tokens of answered requests a second."""
-        return self.tokens / self.seconds
+    async def measure(self, seconds: float) -> None:
+        """Watch the goodput for so long, but for the beginning."""
+        await asyncio.sleep(seconds / 6)
+        start, before = time.monotonic(), self.tokens
+        await asyncio.sleep(seconds * 5 / 6)
+        self.goodput = (self.tokens - before) / (time.monotonic() - start)
 
 
 async def ask(stub: pb_grpc.GenerationServiceStub, load: Load, metadata: object = None) -> bool:
@@ -63,8 +65,7 @@ async def peak(address: str, seconds: float) -> Load:
             while time.monotonic() < start + seconds:
                 await ask(stub, load)
 
-        await asyncio.gather(*(client() for _ in range(PERMITS)))
-    load.seconds = time.monotonic() - start
+        await asyncio.gather(load.measure(seconds), *(client() for _ in range(PERMITS)))
     return load
 
 
@@ -72,6 +73,7 @@ async def flood(address: str, rate: float, seconds: float) -> Load:
     """Requests at a steady rate, whatever becomes of those before."""
     load, rng, tasks = Load(), random.Random(0), set()
     with streaming(address) as stub:
+        measured = asyncio.create_task(load.measure(seconds))
         start = due = time.monotonic()
         while (now := time.monotonic()) < start + seconds:
             while due <= now:
@@ -80,10 +82,7 @@ async def flood(address: str, rate: float, seconds: float) -> Load:
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-        load.seconds = time.monotonic() - start
-        done = load.tokens
-        await asyncio.gather(*tasks)
-        load.tokens = done
+        await asyncio.gather(measured, *tasks)
     return load
 
 
@@ -144,14 +143,14 @@ async def share(address: str, seconds: float) -> dict[str, tuple[int, int]]:
                 elif not await ask(many, loads["many"], [("x-tenant", "many")]):
                     await asyncio.sleep(0.02)
 
-        await asyncio.gather(*(patient() for _ in range(12)), *(impatient() for _ in range(64)))
+        await asyncio.gather(*(patient() for _ in range(20)), *(impatient() for _ in range(64)))
     return {name: (load.tokens, sum(load.codes.values())) for name, load in loads.items()}
 
 
 def tenants(full: bool) -> list[Figure]:
     """Fair shares."""
     flags = [*FLAGS, "--fair-share-by", "x-tenant"]
-    flags[1] = "48"
+    flags[1] = "64"
     with serving(*flags) as server:
         asyncio.run(share(server.grpc, 3))
         shares = asyncio.run(share(server.grpc, 120.0 if full else 12.0))
