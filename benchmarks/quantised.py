@@ -51,7 +51,7 @@ def make_gptq(source: Path, target: Path) -> Path:
         def make() -> dict[str, torch.Tensor]:
             with checkpoint.tensor(name, checkpoint.info(name).shape) as stored:
                 weight = quantise(stored, 4, GPTQ_GROUP)
-            return gptq_tensors(name.removesuffix(".weight"), weight)
+            return gptq_tensors(name.removesuffix(".weight"), weight, "gptq")
 
         return make
 

@@ -15,7 +15,7 @@ from tgis.quant.stored import load_stored
 FEATURES, OUT = 256, 48
 OPTIONS = {
     "usual": Options(),
-    "symmetric": Options(sym=True),
+    "zero points": Options(sym=False),
     "order of activation": Options(desc_act=True),
     "small groups": Options(group_size=32),
     "groups across blocks": Options(group_size=96, desc_act=True),
@@ -69,7 +69,6 @@ def test_outputs_are_nearer_than_with_the_nearest_values(
         return float((inputs @ (w - weight).T).norm() / (inputs @ weight.T).norm())
 
     assert error(dequantise(quantised)) < 0.8 * error(rounded(weight, options))
-    assert int(quantised.zero.min()) >= 1
     assert torch.equal(quantised.scale.half().float(), quantised.scale)
     counts = torch.bincount(quantised.group)
     assert counts.max() == min(options.size(FEATURES), FEATURES)
@@ -77,18 +76,19 @@ def test_outputs_are_nearer_than_with_the_nearest_values(
         assert torch.equal(quantised.group, quantised.group.sort().values)
 
 
+@pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_is_stored_is_read_again(bits: int, inputs: Tensor, weight: Tensor) -> None:
+def test_what_is_stored_is_read_again(bits: int, sym: bool, inputs: Tensor, weight: Tensor) -> None:
     moments = Moments(FEATURES)
     moments.add(inputs)
-    options = Options(bits=bits, group_size=64, desc_act=True)
+    options = Options(bits=bits, group_size=64, desc_act=True, sym=sym)
     quantised = quantise_gptq(weight, moments.hessian, options, "x")
     source = LinearSource((Piece("x", (OUT, FEATURES), ((0, OUT),), (0, FEATURES)),), False)
     read: list[Grouped] = []
     load_stored(
-        Scheme("gptq", bits, 64, 1),
+        Scheme("gptq", bits, 64, int(sym)),
         lambda w, *_: read.append(w),  # type: ignore[arg-type, return-value]
-        Stored(gptq_tensors("x", quantised)),
+        Stored(gptq_tensors("x", quantised, options.checkpoint_format)),
         source,
         torch.float32,
         lambda *_: None,  # type: ignore[arg-type, return-value]
@@ -100,8 +100,8 @@ def test_groups_without_negative_values(inputs: Tensor) -> None:
     moments = Moments(FEATURES)
     moments.add(inputs)
     weight = torch.rand(OUT, FEATURES, generator=torch.Generator().manual_seed(2)) + 0.1
-    quantised = quantise_gptq(weight, moments.hessian, Options(), "x")
-    assert int(quantised.zero.min()) >= 1
+    quantised = quantise_gptq(weight, moments.hessian, Options(sym=False), "x")
+    assert int(quantised.zero.min()) == 0
     error = (inputs @ (dequantise(quantised) - weight).T).norm() / (inputs @ weight.T).norm()
     assert error < 0.05
 
@@ -139,4 +139,4 @@ def test_sizes_must_fill_words(out: int, features: int, fits: bool) -> None:
     if not fits:
         refusal = pytest.raises(ModelError, match="must be multiples of 8")
     with refusal:
-        gptq_tensors("x", quantised)
+        gptq_tensors("x", quantised, "gptq")

@@ -55,7 +55,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="quantize input features with large inputs first [no]",
     )
     parser.add_argument(
-        "--sym", action=BooleanOptionalAction, default=False, help="without zero points [no]"
+        "--sym",
+        action=BooleanOptionalAction,
+        default=True,
+        help="without zero points; other programs read that best [yes]",
     )
     parser.add_argument(
         "--samples", type=int, default=128, help="windows of text, at most [%(default)s]"

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from tgis.config.model import NO_CUDA, NOT_MEASURED
 
-_GPTQ = "the server chooses the kernels for quantised weights itself"
 _NO_SPECULATION = "there is no speculative decoding"
 _ONNX_TOOL = "ONNX files are made by `text-generation-server convert-to-onnx`, which has an option"
 
@@ -29,9 +28,6 @@ IGNORED: dict[str, Ignored] = {
     "max_logprobs": Ignored(int, "up to 10 alternatives are always offered", env_only=False),
     "cuda_pad_to_mult_of_8": Ignored(bool, "inputs are not padded"),
     "pytorch_cuda_alloc_conf": Ignored(str, NO_CUDA),
-    "disable_exllama": Ignored(bool, _GPTQ),
-    "exllama_version": Ignored(int, _GPTQ),
-    "gptq_cuda_type": Ignored(str, _GPTQ),
     "bloom_slow_but_exact": Ignored(bool, "results never depend on the batch"),
     "disable_custom_kernels": Ignored(bool, "there are none that can be turned off"),
     "merge_onnx_graphs": Ignored(bool, _ONNX_TOOL),

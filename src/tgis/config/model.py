@@ -97,12 +97,38 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Setting(
             MODEL,
-            "how linear weights are quantised (tgis_native; int8-dynamic: as they are loaded)",
+            "how linear weights are quantised (tgis_native): stored so (gptq, awq), or as they are"
+            " loaded (the others)",
             aliases={"quantization": "Inconsistent quantize and quantization arg values"},
             kind=choice(_QUANTIZE, "Unrecognized quantization method specified: {v}"),
             unset="as the model's own files say",
         ),
     ] = None
+    disable_exllama: Annotated[
+        bool, Setting(MODEL, "no CUDA kernel for GPTQ weights", env_only=True, no_effect=NO_CUDA)
+    ] = False
+    exllama_version: Annotated[
+        int,
+        Setting(
+            MODEL,
+            "version of the Exllama kernel for GPTQ weights",
+            kind=choice({"1": 1, "2": 2}),
+            env_only=True,
+            no_effect=NO_CUDA,
+        ),
+    ] = 2
+    gptq_cuda_type: Annotated[
+        Literal["exllama", "marlin"],
+        Setting(
+            MODEL,
+            "CUDA kernel for GPTQ weights",
+            kind=choice(
+                {name: name for name in ("exllama", "marlin")}, "Invalid GPTQ_CUDA_TYPE {v}"
+            ),
+            env_only=True,
+            no_effect=NO_CUDA,
+        ),
+    ] = "exllama"
     trust_remote_code: Annotated[
         bool, Setting(MODEL, "run Python code that comes with the model")
     ] = False

@@ -185,7 +185,9 @@ def _quantise_block(
         bar.set_postfix_str(name.removeprefix(f"{blocks.name}."))
         hessian = moments.pop(name).hessian
         done[name] = quantise_gptq(matrix_of(layer), hessian, options, name)
-        gptq_tensors(name, done[name])  # refuses what cannot be stored, before hours of work
+        gptq_tensors(
+            name, done[name], options.checkpoint_format
+        )  # refuses what cannot be stored, before hours of work
     return done
 
 
@@ -208,10 +210,11 @@ def _write(
     stored: Checkpoint, model_dir: Path, state: _State, modules: dict[str, int], task: Task
 ) -> None:
     """All files, in a directory that becomes the output when it is complete."""
-    bits = task.options.bits
+    bits, checkpoint_format = task.options.bits, task.options.checkpoint_format
 
     def replacement(module: str, name: str) -> dict[str, Tensor]:
-        return gptq_tensors(name, state.weight(modules[module], module, bits))
+        weight = state.weight(modules[module], module, bits)
+        return gptq_tensors(name, weight, checkpoint_format)
 
     replaced = {}
     for module in modules:
@@ -229,7 +232,7 @@ def quantization_config(options: Options) -> dict[str, Any]:
     """As Transformers and GPTQModel read it."""
     return {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": options.checkpoint_format,
         **asdict(options),
         "static_groups": False,
         "true_sequential": False,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tgis.errors import ModelError
 from tgis.quant.grouped import MIDDLE, Grouped
+from tgis.quant.scheme import ZERO_OFFSETS
 
 _BLOCK = 128  # input features whose losses reach the others together
 _MORE_DAMPING = (1.0, 10.0, 100.0)  # tried in turn where the Hessian cannot be inverted
@@ -24,7 +25,15 @@ class Options:
     group_size: int = 128  # -1: all input features
     damp_percent: float = 0.01  # of the Hessian's mean diagonal, added to it
     desc_act: bool = False  # input features with large inputs first
-    sym: bool = False  # all zero points in the middle of the range
+    sym: bool = True  # all zero points in the middle of the range
+
+    @property
+    def checkpoint_format(self) -> str:
+        """In which weights are stored: the first is read everywhere, but only if symmetric.
+
+        Its zero points are minus one, which old programs got wrong; some refuse others therefore.
+        """
+        return "gptq" if self.sym else "gptq_v2"
 
     def size(self, in_features: int) -> int:
         """Input features of a group."""
@@ -48,7 +57,7 @@ class Moments:
 def quantise_gptq(weight: Tensor, hessian: Tensor, options: Options, name: str) -> Grouped:
     """Quantise a weight [out, in] for inputs with these second moments [in, in].
 
-    Scales are what float16 holds; zero points are 1 or more, so that they can be stored minus one.
+    Scales are what float16 holds.
 
     Raises:
         ModelError: not finite, or the Hessian cannot be inverted even with more damping.
@@ -133,10 +142,7 @@ def _range(group: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     scale = _half((high - low) / most)
     if options.sym:
         return scale, torch.full_like(scale, MIDDLE[options.bits])
-    zero = torch.round(-low / scale)
-    # A zero point of 0 would be stored as -1: one value less below.
-    scale = torch.where(zero < 1, _half(high / (most - 1)), scale)
-    return scale, zero.clamp(1, most)
+    return scale, torch.round(-low / scale).clamp(0, most)
 
 
 def _half(scale: Tensor) -> Tensor:
@@ -145,8 +151,8 @@ def _half(scale: Tensor) -> Tensor:
     return scale.clamp(smallest, 65504.0).half().float()
 
 
-def gptq_tensors(name: str, weight: Grouped) -> dict[str, Tensor]:
-    """A weight as GPTQ's first format stores it (see `quant.stored`), by tensor name.
+def gptq_tensors(name: str, weight: Grouped, checkpoint_format: str) -> dict[str, Tensor]:
+    """A weight as GPTQ's formats store it (see `quant.stored`), by tensor name.
 
     Raises:
         ModelError: its sizes do not fill whole words.
@@ -158,7 +164,7 @@ def gptq_tensors(name: str, weight: Grouped) -> dict[str, Tensor]:
             f"{name}: a weight of {out} x {features} cannot be stored with {weight.bits} bits;"
             f" both must be multiples of {per_word}"
         )
-    zero = (weight.zero.T - 1).to(torch.uint8)
+    zero = (weight.zero.T - ZERO_OFFSETS[checkpoint_format]).to(torch.uint8)
     return {
         f"{name}.qweight": _words(weight.q, weight.bits).T.contiguous(),
         f"{name}.qzeros": _words(zero, weight.bits),

@@ -83,15 +83,16 @@ def read_scheme(config: Mapping[str, Any] | None, headers: Headers) -> Scheme | 
 
 def _gptq(config: Mapping[str, Any]) -> Scheme:
     version = config.get("checkpoint_format", "gptq")
-    if version not in _ZERO_OFFSETS:
-        raise _wrong("checkpoint_format", version, f"supported (only {', '.join(_ZERO_OFFSETS)})")
+    if version not in ZERO_OFFSETS:
+        raise _wrong("checkpoint_format", version, f"supported (only {', '.join(ZERO_OFFSETS)})")
     return Scheme(
-        "gptq", _choice(config, "bits", (4, 8)), _group_size(config), _ZERO_OFFSETS[version]
+        "gptq", _choice(config, "bits", (4, 8)), _group_size(config), ZERO_OFFSETS[version]
     )
 
 
 # The first version of the format stores zero points minus one.
-_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+"""`checkpoint_format` -> what is added to stored zero points."""
 
 
 def _awq(config: Mapping[str, Any]) -> Scheme:
