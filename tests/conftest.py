@@ -3,9 +3,11 @@
 import os
 import signal
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
+from tests.kit import audit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -13,6 +15,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # programs that they interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# On for the whole suite, also in the servers that `tests.kit.server` starts.
+os.environ.setdefault(audit.VARIABLE, tempfile.mkstemp(prefix="tgis-audit-")[1])
+RECORD = Path(os.environ[audit.VARIABLE])
+audit.install(RECORD)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what that was."""
+    if faults := audit.faults(RECORD):
+        terminalreporter.section("what nobody may do (tests/kit/audit.py)")
+        for fault in faults:
+            terminalreporter.write_line(fault)
 
 
 @pytest.fixture(scope="session")
