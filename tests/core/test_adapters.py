@@ -66,9 +66,7 @@ def found(house: House, front: Front, lookup_id: int, name: str) -> Found:
 
 
 def add(seq_id: int, ids: list[int], handle: int, max_new: int = 4) -> Add:
-    return Add(
-        seq_id, ids, SamplingParams(), NO_DETAILS, max_new, math.inf, 0.0, adapter=handle
-    )
+    return Add(seq_id, ids, SamplingParams(), NO_DETAILS, max_new, math.inf, 0.0, adapter=handle)
 
 
 def test_sequences_with_two_prompts_and_none_in_one_batch(house: House) -> None:
@@ -139,6 +137,28 @@ def test_no_room_while_all_are_held(house: House) -> None:
     assert found(house, front, 3, "c").handle in house.engine.attached
     assert held[0] not in house.engine.attached
     assert held[1] in house.engine.attached
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "message"),
+    [
+        (MemoryError("1 GiB"), Cause.BUSY, "there is no memory for it"),
+        (RuntimeError("secret"), Cause.INVALID, "RuntimeError"),
+    ],
+)
+def test_an_engine_that_does_not_take_it(
+    house: House, error: Exception, cause: Cause, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attach(handle: int, adapter: object) -> None:
+        raise error
+
+    front = house.connect()
+    with monkeypatch.context() as patch:
+        patch.setattr(house.engine, "attach", attach)
+        answer = look_up(house, front, 1, "a")
+    assert isinstance(answer, NotFound)
+    assert (answer.cause, answer.message) == (cause, message)
+    assert found(house, front, 2, "a").seconds > 0
 
 
 def test_larger_than_the_cache(house: House, store: Path) -> None:

@@ -211,7 +211,9 @@ class Adapters:
             seconds = 0.0  # it was loaded once
 
     def _refuse(self, load_: _Load, error: Exception) -> None:
-        if not isinstance(error, Refused):
+        if isinstance(error, MemoryError):
+            error = Refused("there is no memory for it", Cause.BUSY)
+        elif not isinstance(error, Refused):
             log.error("an adapter could not be loaded", exc_info=error)
             error = Refused(type(error).__name__)
         for client, lookup_id in load_.waiting:

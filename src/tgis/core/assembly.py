@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -98,6 +99,8 @@ def _adapters(
 ) -> Adapters | None:
     if not config.prefix_store_path:
         return None
+    if not Path(config.prefix_store_path).is_dir():
+        log.warning("PREFIX_STORE_PATH = %s: there is no such directory", config.prefix_store_path)
     limits = {
         AdapterKind.PROMPT: config.prompt_cache_size_mb << 20,
         AdapterKind.LORA: config.lora_cache_size_mb << 20,
