@@ -1,6 +1,6 @@
 """Soft prompts in every engine: what `transformers` computes from embeddings spliced by hand."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,11 @@ def both_parts(model: Any) -> dict[int, SoftPrompt]:
     }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def marked(names: Iterable[str], quick: set[str]) -> list[Any]:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(FAMILIES, {"llama", "gemma", "granite", "gpt2"}))
 def test_native_decoders(name: str, tmp_path: Path) -> None:
     twins.save_checkpoint(tmp_path, twins.CONFIGS[name])
     twin = twins.make_twin(tmp_path)
@@ -168,7 +172,10 @@ def test_native_encoder_decoders(name: str, tmp_path: Path) -> None:
     check_seq2seq(model, engine.forward, prompts, t5.START)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "gpt_neo", "falcon-alibi", "mpt"])
+TRANSFORMERS = ("gpt2", "opt", "bloom", "gpt_neo", "falcon-alibi", "mpt")
+
+
+@pytest.mark.parametrize("name", marked(TRANSFORMERS, {"gpt2", "opt"}))
 def test_the_transformers_engine(name: str, tmp_path: Path) -> None:
     model = hf_models.save_model(tmp_path, hf_models.CONFIGS[name])
     engine = hf_models.load_engine(tmp_path)
@@ -217,7 +224,7 @@ def split(path: Path, ranks: Ranks, prompts: dict[int, SoftPrompt]) -> Forward:
     return forward
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom", "gpt_bigcode"])
+@pytest.mark.parametrize("name", marked(["llama", "bloom", "gpt_bigcode"], {"llama"}))
 def test_split_decoders(name: str, two: Ranks, tmp_path: Path) -> None:
     twins.save_checkpoint(tmp_path, eight_heads(name))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
