@@ -9,7 +9,6 @@ import msgspec
 
 from tgis.cli.model_files import download_weights, settings
 from tgis.errors import ConfigError, ModelError
-from tgis.hub.refusals import explained
 from tgis.hub.resolve import locate
 
 _LIMITS = {
@@ -137,6 +136,8 @@ def _fetch(arguments: Namespace, environ: MutableMapping[str, str], cache: str) 
 
 def _upload(output: Path, name: str) -> None:
     from huggingface_hub import HfApi
+
+    from tgis.hub.refusals import explained  # brings the hub's library, which --help can do without
 
     with explained(name, "main", output):
         api = HfApi()
