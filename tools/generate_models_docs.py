@@ -19,7 +19,7 @@ from tests.engines import (
     test_onnx_export,
     test_optimum,
 )
-from tests.models import twins
+from tests.models import test_packing, test_quantised, twins
 
 from tgis.engines.registry import ENGINES
 from tgis.models.families import FAMILIES
@@ -52,6 +52,8 @@ group `tgis.engines`.
 Every shape below is a tiny random checkpoint that the tests compare with Transformers in float32:
 logits within 1e-4 alone, in mixed batches, in chunks and cached, greedy tokens over 64 steps,
 and bfloat16 within its own rounding (`tests/models`, `tests/engines/test_native_seq2seq.py`).
+Under a [quantised format](quantisation.md) stands "yes" where the family has been compared with itself
+on the weights that the quantised ones stand for.
 """
 GENERAL = """
 ## Transformers engine
@@ -92,20 +94,43 @@ def page() -> str:
     native = {**twins.CONFIGS, **test_native_seq2seq.CONFIGS}
     # RefinedWeb and RefinedWebModel are older names of Falcon in its configurations.
     types = sorted({*FAMILIES, *SEQ2SEQ_FAMILIES})
-    rows = [(f"`{name}`", shapes(native, name) or _alias(name)) for name in types]
+    rows = [(f"`{name}`", shapes(native, name) or _alias(name), *quantised(name)) for name in types]
     general = sorted({config.model_type for config in hf_models.CONFIGS.values()})
     general_rows = [(f"`{name}`", shapes(hf_models.CONFIGS, name)) for name in general]
     assert {"tgis_native", "hf_transformers"} <= ENGINES.keys()
     return (
         HEAD
         + "\n"
-        + table("| model_type | shapes compared with Transformers |", rows)
+        + table(
+            f"| model_type | shapes compared with Transformers | {' | '.join(QUANTISED)} |", rows
+        )
         + GENERAL
         + table("| model_type | shapes |", general_rows)
         + TAIL
         + OTHERS
         + table("| model_type | convert-to-onnx | Optimum's files | ibm_fms |", other_rows())
     )
+
+
+QUANTISED = {
+    **dict.fromkeys(test_quantised.STORED, test_quantised.NAMES),
+    **dict.fromkeys(test_quantised.LOADING, test_quantised.NAMES),
+    "int8-dynamic": [*test_packing.CONFIGS, "t5"],
+}
+"""Format of weights -> names of the configurations that are tested with it."""
+
+
+def quantised(model_type: str) -> list[str]:
+    """A cell for each format."""
+    model_type = next(iter(_same(model_type)), model_type)
+    tested = {
+        name: config.model_type
+        for name, config in (twins.CONFIGS | test_native_seq2seq.CONFIGS).items()
+    }
+    return [
+        "yes" if model_type in {tested.get(name) for name in names} else ""
+        for names in QUANTISED.values()
+    ]
 
 
 def other_rows() -> list[tuple[str, ...]]:
@@ -119,9 +144,15 @@ def other_rows() -> list[tuple[str, ...]]:
     return [(f"`{name}`", *(shapes(configs, name) for configs in columns)) for name in types]
 
 
+def _same(model_type: str) -> list[str]:
+    """Tested model types of the same family."""
+    family = FAMILIES.get(model_type)
+    same = [name for name in FAMILIES if FAMILIES[name] is family]
+    return [name for name in same if shapes(twins.CONFIGS, name)]
+
+
 def _alias(model_type: str) -> str:
-    same = [name for name, family in FAMILIES.items() if family is FAMILIES[model_type]]
-    others = [f"`{name}`" for name in same if shapes(twins.CONFIGS, name)]
+    others = [f"`{name}`" for name in _same(model_type)]
     return f"read as {', '.join(others)}" if others else ""
 
 
