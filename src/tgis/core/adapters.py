@@ -30,6 +30,7 @@ from tgis.wire import Found, Lookup, NotFound
 log = logging.getLogger(__name__)
 
 _THREADS = 2
+_PATIENCE_SECONDS = 0.002
 _MIB = 1 << 20
 _NOUNS = {
     AdapterKind.PROMPT: ("prefix", "prefixes", "prompt"),
@@ -97,6 +98,7 @@ class Adapters:
         self._by_id: OrderedDict[str, Resident] = OrderedDict()  # used longest ago first
         self._loads: dict[str, _Load] = {}
         self._outcomes: SimpleQueue[tuple[str, Loaded | Exception | None]] = SimpleQueue()
+        self._just_looking = False  # since the last `settle`, whether a loaded one is the same
         self._held: dict[int, Counter[int]] = {}  # client -> its lookups by handle
         # No other core's handles: a front may still have some of a core that has died.
         self._handles = count(secrets.randbits(30) << 32 | 1)
@@ -110,10 +112,15 @@ class Adapters:
         self._loads[message.adapter_id].waiting.append((client, message.lookup_id))
 
     def settle(self) -> None:
-        """Take in what has been loaded, and answer."""
-        while True:
+        """Take in what has been loaded, and answer.
+
+        Looks at files that have just begun are waited for a little: a step would take longer.
+        """
+        end = time.monotonic() + (_PATIENCE_SECONDS if self._just_looking else 0.0)
+        self._just_looking = False
+        while self._loads:
             try:
-                adapter_id, result = self._outcomes.get_nowait()
+                adapter_id, result = self._outcomes.get(timeout=max(0.0, end - time.monotonic()))
             except Empty:
                 return
             self._settle(adapter_id, result)
@@ -162,6 +169,7 @@ class Adapters:
     def _begin(self, adapter_id: str) -> None:
         resident = self._by_id.get(adapter_id)
         known = None if resident is None else resident.identity
+        self._just_looking |= known is not None
         self._threads.submit(self._load, adapter_id, known)
 
     def _load(self, adapter_id: str, known: Identity | None) -> None:
