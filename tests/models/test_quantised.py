@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.engines import test_native_seq2seq as seq2seq
 from tests.models import quantised, twins
+from tests.models.lora_twins import random_lora, targets
 from torch import Tensor
 
 from tgis.engines import native, native_seq2seq
@@ -68,3 +69,21 @@ def test_quantised_while_loading(checkpoint: Path, tmp_path: Path, quantize: str
         assert (ours - expected).norm() < 0.01 * expected.norm()
     else:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gpt2", "falcon-40b", "gpt_neox"])
+def test_lora_on_quantised_layers(name: str, tmp_path: Path) -> None:
+    twins.save_checkpoint(tmp_path / "model", CONFIGS[name])
+    ours, floats = (
+        twins.load_engine(path)
+        for path in quantised.make_pair(tmp_path / "model", tmp_path, "gptq", 4)
+    )
+    lora = random_lora(targets(floats).values(), (4, 2))
+    ids = twins.random_ids(0, 12)
+    computed = []
+    for engine in (ours, floats):
+        engine.attach(1, lora)
+        rows = [Row(n, n, ids, 0, Want.ALL, lora=n) for n in (0, 1)]
+        computed.append(engine.forward(StepPlan(rows)).clone())
+    assert not torch.allclose(*computed[0].chunk(2), rtol=0, atol=0.01)
+    torch.testing.assert_close(*computed, rtol=1e-4, atol=1e-4)
