@@ -72,12 +72,12 @@ def test_a_worker_is_killed_twice(directory: Path) -> None:
     ray = ("--ray", "--ray-replicas", "2", "--ray-cpus", "0.5")
     with start(source, output, directory, *ray) as process:
         for _ in range(2):
-            count = len(list(output.glob("shard-*")))
-            wait_until(lambda: len(list(output.glob("shard-*"))) > count, 100)  # noqa: B023
+            count = len(list(output.glob("shard-*.jsonl")))
+            wait_until(lambda: len(list(output.glob("shard-*.jsonl"))) > count, 100)  # noqa: B023
             before = named(process.pid, WORKER)
             os.kill(max(before), signal.SIGKILL)
             wait_until(lambda: bool(named(process.pid, WORKER) - before), 60)  # noqa: B023
-        assert len(list(output.glob("shard-*"))) < NUM_SHARDS, "too quick to be killed"
+        assert len(list(output.glob("shard-*.jsonl"))) < NUM_SHARDS, "too quick to be killed"
         end(process, descendants(process.pid))
     assert [row["line"] for row in rows_of(output)] == list(range(1, NUM_ROWS + 1))
     assert rows_of(output) == rows_of(directory / "alone")

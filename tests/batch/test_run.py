@@ -114,8 +114,8 @@ def test_a_worker_is_killed_twice(undisturbed: tuple[Path, list[Row]], tmp_path:
     output = tmp_path / "out"
     with start(source, output, "--rows-per-shard", "50") as process:
         for name in ("tgis.core", "tgis.hosted"):
-            shards = len(list(output.glob("shard-*")))
-            wait_until(lambda: len(list(output.glob("shard-*"))) > shards, 60)  # noqa: B023
+            shards = len(list(output.glob("shard-*.jsonl")))
+            wait_until(lambda: len(list(output.glob("shard-*.jsonl"))) > shards, 60)  # noqa: B023
             victim = descendants(process.pid)[name]
             subprocess.run(["kill", "-KILL", str(victim)], check=True)
             wait_until(lambda: descendants(process.pid).get(name, victim) != victim, 60)  # noqa: B023
@@ -134,14 +134,14 @@ def test_a_job_that_was_ended_goes_on(
     source, expected = undisturbed
     output = tmp_path / "out"
     with start(source, output, "--rows-per-shard", "50") as process:
-        wait_until(lambda: len(list(output.glob("shard-*"))) > 0, 60)
+        wait_until(lambda: len(list(output.glob("shard-*.jsonl"))) > 0, 60)
         others = descendants(process.pid)
         assert others
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), errors
     wait_until(lambda: not any(map(alive, others.values())))
-    shards = {path: path.stat().st_mtime_ns for path in output.glob("shard-*")}
+    shards = {path: path.stat().st_mtime_ns for path in output.glob("shard-*.jsonl")}
     assert 0 < len(shards) < 12
     assert manifest(output)["complete"] is False
     code, errors = run(source, output, "--rows-per-shard", "50")

@@ -38,7 +38,7 @@ def application(config: Config, options: RayOptions) -> serve.Application:
         name=NAME,
         max_ongoing_requests=config.max_concurrent_requests + _SPARE_CALLS,
         graceful_shutdown_timeout_s=config.drain_timeout,
-        max_constructor_retry_count=3,
+        max_constructor_retry_count=2,
         health_check_period_s=5,
         health_check_timeout_s=30,
         **_scaling(options),

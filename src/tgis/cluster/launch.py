@@ -98,14 +98,17 @@ def _deploy(config: Config, app: serve.Application) -> None:
         )
         serve.run(app, name=NAME, route_prefix="/")
     except RuntimeError as error:
-        raise StartupError(f"cannot serve: {_last_line(error)}") from None
+        raise StartupError(f"cannot serve: {_cause(error)}") from None
     log.info("ready on gRPC port %d, HTTP port %d", config.grpc_port, config.port)
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    causes = [line for line in lines if "StartupError" in line or "Error: " in line]
-    return (causes or lines or [type(error).__name__])[-1][:500]
+def _cause(error: RuntimeError) -> str:
+    """Why no replica could start, on one line; the replicas' status says more than the error."""
+    found = serve.status().applications.get(NAME)
+    messages = [deployment.message for deployment in found.deployments.values()] if found else []
+    lines = "\n".join([str(error), *messages]).splitlines()
+    causes = [line.strip() for line in lines if "StartupError: " in line or "ConfigError: " in line]
+    return (causes or [" ".join(str(error).split())])[-1][:500]
 
 
 @contextmanager
