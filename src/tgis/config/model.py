@@ -97,8 +97,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Setting(
             MODEL,
-            "how linear weights are quantised (tgis_native): stored so (gptq, awq), or as they are"
-            " loaded (the others)",
+            "quantisation of linear weights, stored (gptq, awq) or as they are loaded (tgis_native)",
             aliases={"quantization": "Inconsistent quantize and quantization arg values"},
             kind=choice(_QUANTIZE, "Unrecognized quantization method specified: {v}"),
             unset="as the model's own files say",
