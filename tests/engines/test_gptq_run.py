@@ -139,7 +139,15 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in {"llama-biases", "gpt2", "falcon-40b"}
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = twins.CONFIGS[name].__class__(**{**twins.CONFIGS[name].to_dict(), **FAMILIES[name]})
     source, out = tmp_path / "source", tmp_path / "out"

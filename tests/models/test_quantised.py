@@ -26,9 +26,13 @@ LOADING = {"int8": (8, -1), "int4": (4, INT4_GROUP)}
 _ALSO = {"falcon-40b", "falcon-mha", "gpt_bigcode-mha", "llama-tied", "t5-1.1"}
 _FIRST = {config.model_type: name for name, config in reversed(CONFIGS.items())}
 NAMES = sorted({*_FIRST.values(), *_ALSO})
+_QUICK = {"llama", "gpt2", "falcon-40b", "gpt_neox", "bloom", "t5-1.1"}
+_PARAMETERS = [
+    name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=_PARAMETERS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     config = CONFIGS[request.param]
