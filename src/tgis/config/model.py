@@ -97,7 +97,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Setting(
             MODEL,
-            "quantisation of linear weights, stored (gptq, awq) or as they are loaded (tgis_native)",
+            "quantisation of linear weights: stored (gptq, awq), or when they are loaded (native)",
             aliases={"quantization": "Inconsistent quantize and quantization arg values"},
             kind=choice(_QUANTIZE, "Unrecognized quantization method specified: {v}"),
             unset="as the model's own files say",
