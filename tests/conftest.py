@@ -23,6 +23,11 @@ RECORD = Path(os.environ[audit.VARIABLE])
 audit.install(RECORD)
 
 
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    RECORD.unlink(missing_ok=True)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what that was."""
     if faults := audit.faults(RECORD):

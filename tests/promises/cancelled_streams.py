@@ -116,8 +116,8 @@ def generated(server: Server) -> int:
 
 def measure(full: bool) -> list[Figure]:
     """See the module."""
-    streams, vanished, quiet = (10_000, 2_000, 200) if full else (1_500, 320, 32)
-    warm_up = 1_000 if full else 500
+    streams, vanished, quiet = (10_000, 2_000, 200) if full else (1_000, 320, 32)
+    warm_up = 1_000 if full else 400
     with serving(*FLAGS, "--write-timeout", "2") as server:
         steps = asyncio.run(steps_after_cancel(server, 20 if full else 5))
         front, core = pid_of(server, "front"), pid_of(server, "core")

@@ -48,7 +48,7 @@ def measure(full: bool) -> list[Figure]:
         at, streams = asyncio.run(kill(server))
         again = serves_again(server)
         bad = health.first(503, at) - at
-        kills, wrong = 50 if full else 3, sum(not is_right(ended) for ended in streams)
+        kills, wrong = 50 if full else 2, sum(not is_right(ended) for ended in streams)
         lasting = [pid_of(server, "front"), server.process.pid]
         kill_quietly(server)  # what the first deaths set up is there to stay
         before = holdings(*lasting)

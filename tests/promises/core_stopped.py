@@ -28,7 +28,7 @@ from .house import (
 )
 
 STREAMS = 16
-PREFILL = {True: 60.0, False: 8.0}  # seconds; more than --hang-timeout
+PREFILL = {True: 60.0, False: 7.0}  # seconds; more than --hang-timeout
 
 
 async def strike(server: Server, pid: int, number: signal.Signals) -> tuple[float, list[Ended]]:

@@ -112,7 +112,7 @@ async def roll(
 
 def measure(full: bool) -> list[Figure]:
     """See the module."""
-    open_calls, calls = (1000, 20_000) if full else (300, 3_000)
+    open_calls, calls = (1000, 20_000) if full else (300, 2_000)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         server = start(one, "--max-concurrent-requests", str(open_calls))
         try:

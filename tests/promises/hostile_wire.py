@@ -208,7 +208,7 @@ def attacked(server: Server, attack: Attack, seconds: float) -> tuple[list[float
 
 def measure(full: bool) -> list[Figure]:
     """See the module."""
-    seconds = 20.0 if full else 3.0
+    seconds = 20.0 if full else 2.0
     figures = []
     with serving("--max-message-bytes", "4MiB", "--log-level", "error") as server:
         front, core = pid_of(server, "front"), pid_of(server, "core")

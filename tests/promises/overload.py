@@ -88,7 +88,7 @@ async def flood(address: str, rate: float, seconds: float) -> Load:
 
 def overloaded(full: bool) -> list[Figure]:
     """Peak, then ten times the requests."""
-    seconds = 180.0 if full else 12.0
+    seconds = 180.0 if full else 9.0
     with serving(*FLAGS) as server:
         asyncio.run(peak(server.grpc, 3))
         best = asyncio.run(peak(server.grpc, seconds / 6))
@@ -153,7 +153,7 @@ def tenants(full: bool) -> list[Figure]:
     flags[1] = "64"
     with serving(*flags) as server:
         asyncio.run(share(server.grpc, 3))
-        shares = asyncio.run(share(server.grpc, 120.0 if full else 12.0))
+        shares = asyncio.run(share(server.grpc, 120.0 if full else 10.0))
     (few, few_asked), (many, many_asked) = shares["few"], shares["many"]
     percent = 100 * few / (few + many)
     return [

@@ -99,7 +99,7 @@ async def traffic(server: Server, seconds: float) -> Counter[str]:
 
 def measure(full: bool, seconds: float | None = None) -> list[Figure]:
     """See the module."""
-    seconds = seconds or SECONDS[full]
+    seconds = (seconds or SECONDS[full]) * 6 / 7
     with tempfile.TemporaryDirectory(prefix="tgis-store-") as name:
         store(Path(name))
         with serving(*FLAGS, env={"PREFIX_STORE_PATH": name}) as server:
