@@ -204,15 +204,14 @@ INLINE int64_t many_rows(const struct grouped_args *a, const struct rows *rows, 
 INLINE void tiled_product(const struct grouped_args *a, const struct rows *rows, int planes) {
   const int64_t blocks = (a->out_features + WIDTH - 1) / WIDTH;
   const int64_t chunk = max64(1, blocks / (8 * omp_get_num_threads()));
-  int64_t configured = a->rows;
   if (a->rows <= FEW_ROWS) {
-    configure_grouped(configured);
+    configure_grouped(a->rows);
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t b = 0; b < blocks; b++) few_rows(a, rows, b, planes);
     _tile_release();
     return;
   }
-  configured = 0;
+  int64_t configured = 0;
   for (int64_t row = 0; row < a->rows; row += MAX_TOGETHER) {
     const int64_t end = min64(row + MAX_TOGETHER, a->rows);
 #pragma omp for schedule(dynamic, chunk) nowait
