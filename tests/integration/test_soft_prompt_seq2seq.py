@@ -70,7 +70,7 @@ def model(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 ENGINES: dict[str, tuple[str, ...]] = {
     "native": (),
-    "split": ("--num-shard", "2"),
+    "split": ("--num-shard", "3"),  # of three heads
     "transformers": ("--deployment-framework", "hf_transformers"),
 }
 

@@ -30,8 +30,8 @@ class Embeddings:
         self.decoder = (_find(model.get_decoder()) or whole) if is_seq2seq else whole
         self.encoder = (_find(model.get_encoder()) or whole) if is_seq2seq else None
         self.size: int | None = None
-        if self.decoder is not None:
-            self.size = int(self.decoder.weight.shape[1])  # type: ignore[union-attr]
+        if self.decoder is not None and isinstance(self.decoder.weight, Tensor):
+            self.size = int(self.decoder.weight.shape[1])
 
 
 def _find(stack: Any) -> nn.Module | None:
@@ -66,19 +66,16 @@ def takes_patches(network: Any, embeddings: Embeddings, dtype: str, start_id: in
     inputs = Inputs(ids, ids - 1, None, None, None, all_logits=True)
     if start_id is not None:
         inputs = inputs._replace(encoder_ids=ids, encoder_mask=torch.ones_like(ids))
-    tables = {"patches": embeddings.decoder}
-    if start_id is not None:
-        tables["encoder_patches"] = embeddings.encoder
-    if None in tables.values():
+    if embeddings.decoder is None or (start_id is not None and embeddings.encoder is None):
         return False
     try:
-        own = {
-            name: (Patch(0, 0, patched(table, ids[:, :_TRIAL_PATCH], ())[0]),)
-            for name, table in tables.items()
-            if table is not None
-        }
+        patch = Patch(0, 0, patched(embeddings.decoder, ids[:, :_TRIAL_PATCH], ())[0])
+        own = inputs._replace(patches=(patch,))
+        if embeddings.encoder is not None:
+            patch = Patch(0, 0, patched(embeddings.encoder, ids[:, :_TRIAL_PATCH], ())[0])
+            own = own._replace(encoder_patches=(patch,))
         expected, _ = network.forward(inputs, None)
-        found, _ = network.forward(inputs._replace(**own), None)
+        found, _ = network.forward(own, None)
     except Exception as error:  # whatever a model makes of embeddings
         log.debug("the model does not take embeddings: %r", error)
         return False
