@@ -3,7 +3,9 @@
 import os
 import signal
 import socket
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("what nobody may do (tests/kit/audit.py)")
         for fault in faults:
             terminalreporter.write_line(fault)
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """A core switches gradients off for its whole process; tests that train want them back."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_grad_enabled(True)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ class Engine(Protocol):
 
         Returns:
             Logits as float32 [plan.num_logits, vocab_size], in the order of the plan's rows (and of
-            the tokens within a row that wants all).
+            the tokens within a row that wants all); valid until the next call.
 
         Raises:
             MemoryError: no memory for this step.

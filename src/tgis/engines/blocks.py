@@ -57,9 +57,7 @@ class Blocks:
         """Run the next block, and tell layers' inputs to those that want them, by name."""
         layers = self.layers()
         handles = [
-            layers[name].register_forward_pre_hook(
-                lambda _, args, tell=tell: tell(args[0])
-            )
+            layers[name].register_forward_pre_hook(lambda _, args, tell=tell: tell(args[0]))
             for name, tell in told.items()
         ]
         try:
