@@ -120,7 +120,14 @@ def _written(args: tuple[Any, ...], allowed: tuple[str, ...]) -> str | None:
 
 
 def _first(args: tuple[Any, ...], allowed: tuple[str, ...]) -> str | None:
-    return _written(args[:1], allowed)
+    return _written((_at(args[0], args[-1]),), allowed)
+
+
+def _at(path: Any, dir_fd: int) -> Any:
+    """A path that may be relative to an open directory."""
+    if dir_fd < 0 or not isinstance(path, str | bytes):
+        return path
+    return os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), os.fsdecode(path))
 
 
 def _both(args: tuple[Any, ...], allowed: tuple[str, ...]) -> str | None:
