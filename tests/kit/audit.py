@@ -146,7 +146,7 @@ _JUDGES: dict[str, Judge] = {
     "os.rename": _both,
     "os.remove": _first,
     "os.rmdir": _first,
-    "os.truncate": _first,
+    "os.truncate": lambda args, allowed: _written(args[:1], allowed),
     "os.symlink": lambda args, allowed: _written(args[1:2], allowed),
     "os.link": lambda args, allowed: _written(args[1:2], allowed),
 }
