@@ -46,6 +46,17 @@ def gradients() -> Iterator[None]:
         torch.set_grad_enabled(True)
 
 
+@pytest.fixture(scope="module")
+def single_thread() -> Iterator[None]:
+    """Tiny models gain nothing from threads, and lose much where cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Models, tokenizers and recorded outputs that are not part of the repository."""

@@ -1,7 +1,6 @@
 """LoRA trained and saved by PEFT itself changes what a model says as PEFT does."""
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vocabulary": {"target_modules": ["embed_tokens", "lm_head", "k_proj"]},
     "one layer": {"target_modules": ["o_proj"], "layers_to_transform": [2]},
 }
-
-
-@pytest.fixture(scope="module")
-def single_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train(path: Path, out: Path, seed: int = 0, **options: Any) -> Tensor:

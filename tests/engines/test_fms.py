@@ -32,6 +32,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+
+pytestmark = pytest.mark.usefixtures("single_thread")
 MISTRAL = SMALL | {"intermediate_size": 256, "num_key_value_heads": 2}  # multiples of 256 only
 FACTORS = {
     "embedding_multiplier": 3.0,
@@ -49,14 +51,6 @@ CONFIGS: dict[str, Any] = {
     "granite": hf.GraniteConfig(**SMALL, num_key_value_heads=2, **FACTORS),
     "mistral": hf.MistralConfig(**MISTRAL, sliding_window=None, head_dim=16),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:

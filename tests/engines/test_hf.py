@@ -23,6 +23,8 @@ from tgis.engines.base import CacheShape
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 STEPS = 40
 TOLERANCE = 1e-4
 BATCHING = dict.fromkeys(CONFIGS, "padded") | {"rwkv": "single"}
@@ -35,14 +37,6 @@ class Loaded(NamedTuple):
 
     def sequences(self) -> Sequences:
         return Sequences(self.engine, self.model.config.is_encoder_decoder)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

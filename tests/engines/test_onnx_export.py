@@ -19,17 +19,9 @@ from tgis.engines import onnx_export, ort
 from tgis.engines.onnx_export import Options
 from tgis.errors import ConfigError, ModelError
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("single_thread")]
 FAMILIES = ("gpt2", "opt", "bloom", "gemma2", "bart")
 BATCHING = {"bart": "aligned"}  # its graphs number columns, not tokens
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def only_the_model(tmp_path: Path) -> bool:

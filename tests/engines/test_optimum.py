@@ -1,10 +1,8 @@
 """Files that Optimum has made serve as ours do."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("onnxruntime", reason="the extra tgis[ort] is not installed")
 
@@ -16,16 +14,8 @@ from tests.engines.test_hf import Loaded, check_any_company
 
 from tgis.engines import ort
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.usefixtures("single_thread")]
 DECODERS = {"llama": TINY["llama"]} | {name: CONFIGS[name] for name in ("opt", "falcon-alibi")}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", DECODERS)

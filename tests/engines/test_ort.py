@@ -30,15 +30,7 @@ from tgis.hub.resolve import resolve
 from tgis.models.collectives import Group
 
 # Exporting takes seconds, and mostly of importing.
-pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("single_thread")]
 
 
 @pytest.fixture(scope="module")
