@@ -116,7 +116,7 @@ async def run_stream(client: AsyncClient, file: CaseFile, case: Json, request: J
     return f"{case['name']} (stream)", judge_stream(file, case, outcome)
 
 
-async def test_all_at_once_and_shuffled(served: Served) -> None:
+async def run_all_at_once(served: Served) -> None:
     async with connect(served.server.grpc) as client:
         runs = []
         for case in served.file.cases:
@@ -125,6 +125,10 @@ async def test_all_at_once_and_shuffled(served: Served) -> None:
             if (request := stream_request(case)) is not None:
                 runs.append(run_stream(client, served.file, case, request))
         await run_shuffled(runs)
+
+
+async def test_all_at_once_and_shuffled(served: Served) -> None:
+    await run_all_at_once(served)
     status, body = served.server.get("/metrics")
     assert status == 200
     assert "tgi_request_count" in body

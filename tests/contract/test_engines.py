@@ -11,12 +11,9 @@ from tests.contract.test_contract import (
     FILES,
     Served,
     in_batch,
-    method_of,
+    run_all_at_once,
     run_in_batch,
     run_shuffled,
-    run_stream,
-    run_unary,
-    stream_request,
 )
 from tests.kit.client import connect
 from tests.kit.server import run_server
@@ -66,14 +63,7 @@ def exported(source: Path, target: Path) -> Path:
 
 
 async def test_all_at_once_and_shuffled(served: Served) -> None:
-    async with connect(served.server.grpc) as client:
-        runs = []
-        for case in served.file.cases:
-            if method_of(case) != "GenerateStream":
-                runs.append(run_unary(client, case))
-            if (request := stream_request(case)) is not None:
-                runs.append(run_stream(client, served.file, case, request))
-        await run_shuffled(runs)
+    await run_all_at_once(served)
 
 
 async def test_inside_batches(served: Served) -> None:
