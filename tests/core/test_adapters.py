@@ -87,6 +87,16 @@ def test_sequences_with_two_prompts_and_none_in_one_batch(house: House) -> None:
     assert set(front.finish.values()) == {FinishReason.MAX_TOKENS}
 
 
+def test_prompts_of_one_length_share_no_prefix(house: House, store: Path) -> None:
+    """One after the other, the same input after as many virtual tokens: only the salt differs."""
+    save(store, "d", 5, 6)
+    front = house.connect()
+    for number, (name, values) in enumerate({"a": (7, 8), "d": (5, 6)}.items()):
+        front.send(add(number, LONG, found(house, front, number, name).handle))
+        house.run(front)
+        assert front.tokens[number] == continuation([*values, *LONG], 4)
+
+
 def test_what_a_front_is_told(house: House) -> None:
     front = house.connect()
     first = found(house, front, 1, "c")
