@@ -21,10 +21,16 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-async def wait_ready(url: str) -> None:
-    """Until the model has been loaded."""
+async def wait_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Until the model has been loaded.
+
+    Raises:
+        RuntimeError: the server has ended.
+    """
     async with aiohttp.ClientSession() as session:
         while True:
+            if server.poll() is not None:
+                raise RuntimeError(f"llama-server ended with {server.returncode}")
             with contextlib.suppress(aiohttp.ClientError):
                 async with session.get(f"{url}/health") as response:
                     if response.status == 200:
@@ -81,7 +87,7 @@ def main() -> None:
         [program, "--model", model, *flags], stdout=subprocess.DEVNULL, stderr=sys.stderr
     )
     try:
-        asyncio.run(wait_ready(url))
+        asyncio.run(wait_ready(url, server))
         words = (version.stdout + version.stderr).split()
         work(lambda calls: asyncio.run(offer(url, calls)), words[words.index("version:") + 1])
     finally:
