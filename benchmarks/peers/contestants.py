@@ -156,4 +156,6 @@ def start(peer: str, precision: str, model: Path, converted: Path, work: Path) -
         program = str(work / "llama-build" / "bin" / "llama-server")
         command = [sys.executable, script, program, str(converted / "model.gguf")]
         command += [slots, str(SLOT_TOKENS)]
+        if precision == "int8":  # its repacked Q8_0 dies of SIGILL on the CPU of the figures
+            command.append("--no-repack")
     return Worker(command, work / f"{model.name}-{peer}-{precision}.log")
