@@ -33,6 +33,7 @@ class Boot(msgspec.Struct, frozen=True, tag=1):
     files: ModelFiles
     tokenizer_path: str  # directory with tokenizer.json
     socket_path: str  # where front and core meet
+    draft: ModelFiles | None = None  # a small model that drafts for this one
 
 
 class Drain(msgspec.Struct, frozen=True, tag=2):

@@ -37,6 +37,7 @@ from tgis.control import (
     how_ended,
 )
 from tgis.errors import StartupError
+from tgis.hub.draft import resolve_draft
 from tgis.hub.fast_tokenizer import ensure_fast_tokenizer
 from tgis.hub.headers import read_headers
 from tgis.hub.resolve import resolve
@@ -335,5 +336,6 @@ def run(config: Config, on_serving: Callable[[Serving], None] = lambda _: None) 
         tokenizer = ensure_fast_tokenizer(
             Path(files.path), Path(directory), config.trust_remote_code
         )
-        boot = Boot(config, files, str(tokenizer), str(Path(directory) / "core.sock"))
+        draft = resolve_draft(config, tokenizer, Path(directory))
+        boot = Boot(config, files, str(tokenizer), str(Path(directory) / "core.sock"), draft)
         return Supervisor(boot, on_serving=on_serving).run()

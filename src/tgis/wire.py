@@ -94,6 +94,14 @@ class SchedulerCounts(msgspec.Struct, array_like=True):
     prefix_hit_tokens: int = 0  # of those, tokens that were cached
 
 
+class DraftCounts(msgspec.Struct, array_like=True):
+    """What became of speculative decoding since it was asked last."""
+
+    num_drafts: int = 0  # runs of drafted tokens that were computed
+    num_drafted: int = 0  # tokens of these
+    num_accepted: int = 0  # of those, tokens that were then chosen
+
+
 class StepStats(msgspec.Struct, frozen=True, array_like=True):
     """One step of the engine, for the batch metrics. Sent to one front, so that sums are right."""
 
@@ -108,6 +116,7 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     num_errors: int  # failed calls
     num_out_of_memory: int  # calls that failed for want of memory
     counts: SchedulerCounts
+    drafts: DraftCounts = msgspec.field(default_factory=DraftCounts)
 
 
 class Gauges(msgspec.Struct, frozen=True, array_like=True):

@@ -220,7 +220,34 @@ def test_anything_at_all_is_a_config_or_one_line(argv, env):
     assert outcome != "changed on its way"
 
 
-@pytest.mark.parametrize("name", sorted(IGNORED_FIELDS))
+REFUSED = {name for name, field in IGNORED_FIELDS.items() if field.setting.not_yet}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_refused_is_refused_by_name(name):
+    variable_name = name.upper()
+    with pytest.raises(ConfigError, match=variable_name) as caught:
+        parse([], {variable_name: "1"}, SERVE)
+    assert str(caught.value).isprintable()
+    assert parse([], {variable_name: ""}, SERVE).speculate == "off"
+
+
+def test_mlp_speculators_are_refused_and_their_batch_limit_is_ours():
+    assert {"speculator_name", "speculator_n_candidates"} <= REFUSED
+    with pytest.raises(ConfigError, match=r"--speculator-name=fms.*--speculate takes prompt-lookup"):
+        parse(["--speculator-name", "fms"], {}, SERVE)
+    assert parse([], {"SPECULATOR_MAX_BATCH_SIZE": "4"}, SERVE).speculate_max_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("OFF", "off"), (" Prompt-Lookup", "prompt-lookup"), ("Org/Small", "Org/Small")],
+)
+def test_drafts_come_from_a_word_or_a_model(text, value):
+    assert parse(["--speculate", text], {}, SERVE).speculate == value
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED_FIELDS.keys() - REFUSED))
 def test_what_has_no_effect_is_said_once(name):
     variable_name = name.upper()
     config = parse([], {variable_name: "1"}, SERVE)

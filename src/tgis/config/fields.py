@@ -62,8 +62,9 @@ def _config_fields() -> list[Field]:
 
 def _ignored_fields() -> list[Field]:
     fields = []
-    for name, (annotation, why, env_only) in IGNORED.items():
-        setting = Setting(NOTHING, why, env_only=env_only, no_effect=why)
+    for name, (annotation, why, env_only, refused) in IGNORED.items():
+        no_effect, not_yet = ("", why) if refused else (why, "")
+        setting = Setting(NOTHING, why, env_only=env_only, no_effect=no_effect, not_yet=not_yet)
         kind = setting_kind(annotation, setting)
         fields.append(Field(name, setting, kind, annotation is bool, None))
     return fields

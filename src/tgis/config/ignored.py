@@ -1,19 +1,22 @@
-"""Settings that are accepted and change nothing, each with the reason that is logged."""
+"""Settings that are accepted and change nothing, or refused, each with the reason that is given."""
 
 from typing import NamedTuple
 
 from tgis.config.model import NO_CUDA, NOT_MEASURED
 
-_NO_SPECULATION = "there is no speculative decoding"
+_NO_SPECULATOR = (
+    "MLP speculators are not served; --speculate takes prompt-lookup or a small model instead"
+)
 _ONNX_TOOL = "ONNX files are made by `text-generation-server convert-to-onnx`, which has an option"
 
 
 class Ignored(NamedTuple):
-    """A setting that is accepted and changes nothing."""
+    """A setting that is accepted and changes nothing, or refused if it is given."""
 
     annotation: type
     why: str = ""
     env_only: bool = True
+    refused: bool = False
 
 
 IGNORED: dict[str, Ignored] = {
@@ -42,11 +45,10 @@ IGNORED: dict[str, Ignored] = {
     "estimate_memory_fit_threshold": Ignored(float, NOT_MEASURED),
     "estimate_memory_new_tokens": Ignored(int, NOT_MEASURED),
     "estimate_memory_new_token_samples": Ignored(int, NOT_MEASURED),
-    "speculator_name": Ignored(str, _NO_SPECULATION, env_only=False),
-    "speculator_revision": Ignored(str, _NO_SPECULATION),
-    "speculator_n_candidates": Ignored(int, _NO_SPECULATION, env_only=False),
-    "speculator_max_batch_size": Ignored(int, _NO_SPECULATION, env_only=False),
-    "speculator_top_k_tokens_per_head": Ignored(str, _NO_SPECULATION),
+    "speculator_name": Ignored(str, _NO_SPECULATOR, env_only=False, refused=True),
+    "speculator_revision": Ignored(str, _NO_SPECULATOR, refused=True),
+    "speculator_n_candidates": Ignored(int, _NO_SPECULATOR, env_only=False, refused=True),
+    "speculator_top_k_tokens_per_head": Ignored(str, _NO_SPECULATOR, refused=True),
     "log_gpu_usage_interval": Ignored(float, NO_CUDA),
     "debug": Ignored(str, "log_level sets what is logged"),
     "git_commit_hash": Ignored(str, "the version says what runs"),

@@ -55,7 +55,7 @@ _QUANTIZE = {"none": None} | {
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The first half of `Config`."""
+    """The first part of `Config`."""
 
     model_name: Annotated[
         str | None,

@@ -64,6 +64,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], program: Program = SE
                 notes.append(_ignored(field, given))
     for field in IGNORED_FIELDS.values():
         if (found := _read(field, flags, environ)) is not None:
+            if why := field.setting.not_yet:
+                raise ConfigError(f"{found[1].where(field)}: {why}; leave it unset")
             notes.append(_ignored(field, found[1]))
     draft = Draft(values, origins, environ, notes)
     complete(draft)

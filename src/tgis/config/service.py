@@ -5,7 +5,6 @@ from typing import Annotated, Literal, get_args
 
 import msgspec
 
-from tgis.config.model import ModelSettings
 from tgis.config.setting import (
     HOST,
     KINDS,
@@ -19,6 +18,7 @@ from tgis.config.setting import (
     between,
     readable_file,
 )
+from tgis.config.speculation import SpeculationSettings
 
 NETWORK = "Network"
 ACCESS = "TLS and access"
@@ -38,8 +38,8 @@ def _log_level(text: str) -> LogLevel:
     return _LEVELS[plain[0]]
 
 
-class ServiceSettings(ModelSettings, frozen=True, kw_only=True):
-    """The second half of `Config`."""
+class ServiceSettings(SpeculationSettings, frozen=True, kw_only=True):
+    """The last part of `Config`."""
 
     host: Annotated[
         str,

@@ -53,10 +53,11 @@ def reference() -> str:
         lines += ["", f"## {group}", ""]
         lines += ["| setting | default | value | meaning |", "|---|---|---|---|"]
         lines += [_reference_row(field) for field in fields]
-    lines += ["", "## Accepted without any effect", ""]
-    lines += ["| setting | why |", "|---|---|"]
-    for field in IGNORED_FIELDS.values():
-        lines.append(f"| {_names(field)} | {field.setting.no_effect or 'obsolete'} |")
+    for title, is_refused in (("Accepted without any effect", False), ("Refused", True)):
+        lines += ["", f"## {title}", "", "| setting | why |", "|---|---|"]
+        for field in IGNORED_FIELDS.values():
+            if bool(field.setting.not_yet) is is_refused:
+                lines.append(f"| {_names(field)} | {field.setting.help or 'obsolete'} |")
     return "\n".join(lines[1:]) + "\n"
 
 

@@ -13,6 +13,7 @@ from tgis.adapters.store import Store
 from tgis.config import Config, effective_limits
 from tgis.control import Boot
 from tgis.core.adapters import Adapters
+from tgis.core.drafting import Drafting
 from tgis.core.link import FrontLink
 from tgis.core.loop import Core, Pulse
 from tgis.core.pool import make_pool
@@ -56,7 +57,8 @@ def assemble(
         engine = load_sharded(config, files, ranks, progress)
     else:
         engine = load_engine(config, files, progress)
-    pool = make_pool(engine, config, limits.max_sequence_length)
+    drafting = Drafting(config, engine, boot.draft, limits.max_sequence_length)
+    pool = make_pool(engine, config, limits.max_sequence_length, drafting.reserved_bytes)
     scheduler = Scheduler(
         pool.memory,
         pool.budget,
@@ -85,6 +87,7 @@ def assemble(
         opening=_opening(files),
         adapters=_adapters(config, limits.max_prompt_length, engine, link),
         pad_id=_pad_id(files, engine.caps.vocab_size),
+        speculation=drafting.speculation(),
     )
     return core, model
 

@@ -16,6 +16,7 @@ from tgis.core.adapters import Adapters
 from tgis.core.link import FrontLink, Gone
 from tgis.core.scheduler import Scheduler
 from tgis.core.sequence import Opening, Sequence, decoder_only
+from tgis.core.speculation import NO_SPECULATION, Speculation, Turn
 from tgis.engines.base import Engine
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.sampling import Choice, Sampler, input_details
@@ -58,6 +59,12 @@ class _Outbox:
         self.stats: StepStats | None = None
 
 
+def _rows_of(logits: torch.Tensor, picks: list[int]) -> torch.Tensor:
+    if len(picks) == len(logits):
+        return logits
+    return logits[picks[0] : picks[0] + 1] if len(picks) == 1 else logits[picks]
+
+
 def _failure(error: Exception) -> tuple[FailureKind, str]:
     """What a front is told of an error."""
     if runner.is_out_of_memory(error):
@@ -75,6 +82,7 @@ class Core:
         opening: how sequences begin.
         adapters: None = there is no store of adapters.
         pad_id: stands for the tokens of soft prompts.
+        speculation: adds drafts to steps.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class Core:
         opening: Opening = decoder_only,
         adapters: Adapters | None = None,
         pad_id: int = 0,
+        speculation: Speculation = NO_SPECULATION,
     ) -> None:
         self._engine = engine
         self._sampler = sampler
@@ -97,6 +106,7 @@ class Core:
         self._opening = opening
         self._adapters = adapters
         self._pad_id = pad_id
+        self._speculation = speculation
         self._clock = clock
         self._sequences: dict[tuple[int, int], Sequence] = {}  # (client, seq_id)
         self._by_uid: dict[int, Sequence] = {}
@@ -198,6 +208,7 @@ class Core:
 
     def _forget(self, seq: Sequence) -> None:
         self._sampler.remove(seq.uid)
+        self._speculation.forget(seq.uid)
         del self._sequences[seq.client, seq.request.seq_id], self._by_uid[seq.uid]
         if seq.adapter is not None and self._adapters is not None:
             self._adapters.let_go(seq.adapter)
@@ -217,6 +228,7 @@ class Core:
         self._stalled = not plan.rows
         self._release()
         if plan.rows:
+            self._speculation.extend(plan, self._by_uid, self._scheduler)
             self._note_started(plan, start)
             reporter = self._outbox(self._by_uid[plan.rows[0].seq_id])
             prompts = [row for row in plan.rows if self._is_prompt(row)]
@@ -238,6 +250,7 @@ class Core:
                 num_errors=result.num_errors,
                 num_out_of_memory=result.num_out_of_memory,
                 counts=self._scheduler.drain_counts(),
+                drafts=self._speculation.drain_counts(),
             )
             self._release()
         self._emit()
@@ -252,7 +265,8 @@ class Core:
 
     def _is_prompt(self, row: Row) -> bool:
         """Whether a row prefills: a prompt, or a sequence that is computed anew."""
-        return len(row.token_ids) > 1 or self._by_uid[row.seq_id].num_generated == 0
+        num_known = len(row.token_ids) - row.num_drafts
+        return num_known > 1 or self._by_uid[row.seq_id].num_generated == 0
 
     def _note_started(self, plan: StepPlan, now: float) -> None:
         for row in plan.rows:
@@ -281,14 +295,13 @@ class Core:
         Returns:
             The sequences that got their first token.
         """
-        ready: list[Sequence] = []
-        picks: list[int] = []  # row of `logits` per ready sequence
+        ready: list[Turn] = []
         offset = 0
         for row in rows:
             seq = self._by_uid[row.seq_id]
             self._scheduler.account(seq, row)
             first, offset = offset, offset + row.num_logits
-            if row.want is Want.ALL:
+            if row.want is Want.ALL and not row.num_drafts:
                 try:
                     self._note_inputs(seq, row, logits[first:offset])
                 except Exception as error:
@@ -296,33 +309,41 @@ class Core:
                     self._fail_rows([row], error)
                     continue
             if seq.num_computed == len(seq.token_ids):
-                ready.append(seq)
-                picks.append(offset - 1)
+                drafts = row.token_ids[len(row.token_ids) - row.num_drafts :]
+                ready.append(Turn(seq, offset - 1 - row.num_drafts, drafts))
         if not ready:
             return 0
-        num_first = sum(seq.num_generated == 0 for seq in ready)
-        alone = [i for i, seq in enumerate(ready) if seq.sampled_alone]
-        together = [i for i, seq in enumerate(ready) if not seq.sampled_alone]
-        for part in ([together] if together else []) + [[i] for i in alone]:
-            self._choose([ready[i] for i in part], [picks[i] for i in part], logits)
+        num_first = sum(turn.seq.num_generated == 0 for turn in ready)
+        together = [turn for turn in ready if not turn.seq.sampled_alone]
+        alone = [[turn] for turn in ready if turn.seq.sampled_alone]
+        for part in ([together] if together else []) + alone:
+            self._choose(part, logits)
+        for turn in ready:
+            if turn.drafts:
+                self._speculation.note(turn.seq, len(turn.drafts), turn.accepted)
         return num_first
 
-    def _choose(self, seqs: list[Sequence], picks: list[int], logits: torch.Tensor) -> None:
-        """Choose the next token of each sequence.
+    def _choose(self, turns: list[Turn], logits: torch.Tensor) -> None:
+        """Choose the next token of each sequence, and go on where it is the one that was drafted.
 
-        Args:
-            picks: the row of `logits` of each.
+        The sampler chooses from every position as it would without drafts, one token after the
+        other; so drafts change no output, whatever its parameters are.
         """
-        try:
-            chosen = logits if len(picks) == len(logits) else logits[picks]
-            choices = self._sampler.sample([seq.uid for seq in seqs], chosen)
-        except Exception as error:
-            self._cannot_choose(seqs, error)
-            return
-        now = self._clock()
-        for seq, choice in zip(seqs, choices, strict=True):
-            seq.sampled_alone = False
-            self._append(seq, choice, now)
+        while turns:
+            try:
+                chosen = _rows_of(logits, [turn.pick for turn in turns])
+                choices = self._sampler.sample([turn.seq.uid for turn in turns], chosen)
+            except Exception as error:
+                self._cannot_choose([turn.seq for turn in turns], error)
+                return
+            now = self._clock()
+            goes_on = []
+            for turn, choice in zip(turns, choices, strict=True):
+                turn.seq.sampled_alone = False
+                if self._append(turn.seq, choice, now) and turn.accepts(choice.token_id):
+                    self._scheduler.accept(turn.seq)
+                    goes_on.append(turn)
+            turns = goes_on
 
     def _cannot_choose(self, seqs: list[Sequence], error: Exception) -> None:
         """Of several, one may be at fault: their last token is computed again in the next step, and
@@ -347,17 +368,20 @@ class Core:
             next_ids = seq.token_ids[first + 1 : last + 1]
             seq.input_details += input_details(wanted, next_ids, seq.request.details)
 
-    def _append(self, seq: Sequence, choice: Choice, now: float) -> None:
+    def _append(self, seq: Sequence, choice: Choice, now: float) -> bool:
+        """Add a chosen token; returns whether the sequence goes on."""
         if choice.error is not None:
             self._fail(seq, FailureKind.GENERATION, choice.error)
-            return
+            return False
         box = self._outbox(seq)
         if seq.num_generated == 0 and seq.request.details.input:
             box.inputs.append(InputDetails(seq.request.seq_id, seq.input_details))
         reason = self._scheduler.append(seq, choice.token_id, now)
         box.tokens.append(TokenOut(seq.request.seq_id, choice.token_id, reason, choice.details))
-        if reason is not FinishReason.NOT_FINISHED:
-            self._forget(seq)
+        if reason is FinishReason.NOT_FINISHED:
+            return True
+        self._forget(seq)
+        return False
 
     def _outbox(self, seq: Sequence) -> _Outbox:
         box = self._outboxes.get(seq.client)

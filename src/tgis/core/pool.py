@@ -3,6 +3,8 @@
 import logging
 from typing import NamedTuple
 
+import msgspec
+
 from tgis.config import Config
 from tgis.core.budget import Budget, PaddedBudget, PaddedModel, PagedBudget
 from tgis.core.kv.base import KvMemory
@@ -32,19 +34,27 @@ class Pool(NamedTuple):
     max_step_tokens: int
 
 
-def make_pool(engine: Engine, config: Config, max_sequence_length: int) -> Pool:
+def make_pool(
+    engine: Engine, config: Config, max_sequence_length: int, reserved_bytes: int = 0
+) -> Pool:
     """Allocate the engine's cache and account for it.
+
+    Args:
+        reserved_bytes: of the memory for keys and values, what is needed elsewhere.
 
     Raises:
         ConfigError: a sequence of full length does not fit.
     """
     layouts = {"rows": _rows, "blocks": _blocks, "padded": _padded}
-    pool = layouts[engine.caps.kv_layout](engine, config, max_sequence_length)
+    if config.kv_cache_memory is not None:
+        left = max(config.kv_cache_memory - reserved_bytes, 0)
+        config, reserved_bytes = msgspec.structs.replace(config, kv_cache_memory=left), 0
+    pool = layouts[engine.caps.kv_layout](engine, config, max_sequence_length, reserved_bytes)
     pool.budget.check_length(max_sequence_length)
     return pool
 
 
-def _rows(engine: Engine, config: Config, length: int) -> Pool:
+def _rows(engine: Engine, config: Config, length: int, reserved_bytes: int) -> Pool:
     max_running = config.max_batch_size or DEFAULT_MAX_RUNNING
     max_step_tokens = _step_tokens(engine, config, max_running, length)
     num_rows = max_running * ROWS_PER_SEQUENCE
@@ -56,14 +66,14 @@ def _rows(engine: Engine, config: Config, length: int) -> Pool:
         length,
         num_rows * (length + granule),
         granule=granule,
-        step_bytes=step_memory(engine, max_step_tokens, length) * ranks,
+        step_bytes=step_memory(engine, max_step_tokens, length) * ranks + reserved_bytes,
         elsewhere=engine.caps.memory_elsewhere,
     )
     memory = RowsMemory(num_rows, total, granule=granule, caching=_caching(engine, config))
     return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)
 
 
-def _blocks(engine: Engine, config: Config, length: int) -> Pool:
+def _blocks(engine: Engine, config: Config, length: int, reserved_bytes: int) -> Pool:
     max_running = config.max_batch_size or DEFAULT_MAX_RUNNING
     block_tokens = engine.caps.kv_granule
     total = kv_capacity(
@@ -72,6 +82,7 @@ def _blocks(engine: Engine, config: Config, length: int) -> Pool:
         length,
         max_running * ROWS_PER_SEQUENCE * (length + block_tokens),
         granule=block_tokens,
+        step_bytes=reserved_bytes,
     )
     num_blocks = total // block_tokens
     engine.allocate(CacheShape(num_blocks, block_tokens))
@@ -80,10 +91,11 @@ def _blocks(engine: Engine, config: Config, length: int) -> Pool:
     return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)
 
 
-def _padded(engine: Engine, config: Config, length: int) -> Pool:
+def _padded(engine: Engine, config: Config, length: int, reserved_bytes: int) -> Pool:
     """The engine keeps its own cache, and the budget alone governs it."""
     max_running = config.max_batch_size or DEFAULT_MAX_RUNNING_PADDED
     engine.allocate(CacheShape(max_running, length))
+    assert not reserved_bytes, "such engines verify no drafts"
     model = _padded_model(engine, config, max_running, length)
     total = int(min(model.limit, max_running * length))
     log.info(

@@ -1,8 +1,8 @@
 """Running a plan so that what fails in it takes as little as possible along.
 
-A step that raises is taken apart and tried again in parts: what decodes and what prefills, then
-halves, until the parts that fail are single rows. That isolates a row that breaks the engine, and
-lets a step that ran out of memory succeed with less. The number of tries is limited, because an
+A step that raises is tried again without drafts, then in parts: what decodes and what prefills,
+then halves, until the parts that fail are single rows. That isolates a row that breaks the engine,
+and lets a step that ran out of memory succeed with less. The number of tries is limited, because an
 engine that fails on everything should say so soon.
 """
 
@@ -61,7 +61,11 @@ def run(engine: Engine, plan: StepPlan, clock: Callable[[], float] = time.monoto
             logits = engine.forward(part)
         except Exception as error:
             _note(result, part, error)
-            if len(part.rows) > 1 and result.num_calls <= MOST_RETRIES:
+            if any(row.num_drafts for row in part.rows):
+                for row in part.rows:
+                    row.drop_drafts()
+                parts.append(part)
+            elif len(part.rows) > 1 and result.num_calls <= MOST_RETRIES:
                 parts += _split(part)
             else:
                 result.broken.append(Broken(part.rows, error))

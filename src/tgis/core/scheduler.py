@@ -152,10 +152,26 @@ class Scheduler:
         return StepPlan(rows, self._memory.drain_copies())
 
     def account(self, seq: Sequence, row: Row) -> None:
-        """Note that `row` has been computed."""
-        seq.num_computed += len(row.token_ids)
+        """Note that `row` has been computed; of its drafts nothing is known yet."""
+        seq.num_computed += len(row.token_ids) - row.num_drafts
         if row.start < seq.num_prompt:
             self._memory.commit(seq)
+
+    def room_for_drafts(self, seq: Sequence, plan: StepPlan, num_tokens: int) -> int:
+        """How many drafts a row of `plan` may compute behind the tokens of `seq`, of so many.
+
+        Their memory is reserved, at no running sequence's cost; prompts come first in a step.
+        """
+        num_tokens = min(num_tokens, self._max_step_tokens - plan.num_tokens, seq.num_remaining - 1)
+        if num_tokens > 0 and seq.size + num_tokens > seq.room:
+            self._memory.reserve(seq, seq.size + num_tokens)
+        num_tokens = max(0, min(num_tokens, seq.room - seq.size))
+        seq.num_written = max(seq.num_written, seq.size + num_tokens)
+        return num_tokens
+
+    def accept(self, seq: Sequence) -> None:
+        """Note that the token appended last had been drafted, and computed with its row."""
+        seq.num_computed += 1
 
     def append(self, seq: Sequence, token_id: int, now: float) -> FinishReason:
         """Add a chosen token; a sequence that ends thereby is removed."""

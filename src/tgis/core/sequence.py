@@ -48,6 +48,7 @@ class Sequence:
     num_computed: int = 0
     slot: int = -1  # -1 = holds no memory
     room: int = 0  # tokens that the memory it holds has room for
+    num_written: int = 0  # tokens of this memory that were written at any time, drafts included
     block_table: list[int] = field(default_factory=list)  # `blocks` layout only
     prefix_names: list[bytes] = field(default_factory=list)  # filled in by kv.prefix
     started: bool = False  # has left the queue once

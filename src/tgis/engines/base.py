@@ -39,6 +39,8 @@ class EngineCaps:
     # Size of the embeddings that a soft prompt may give instead of token ids; None = it cannot.
     soft_prompt_size: int | None = None
     lora_targets: "LoraTargets | None" = None  # the weights to which LoRA may add; None = it cannot
+    # A row may compute several tokens of which some are not kept: later rows begin before them.
+    verifies_drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ class NativeEngine:
             kv_granule=page_tokens(spec.head_dim, decoder.dtype),
             soft_prompt_size=spec.hidden_size,
             lora_targets=decoder.lora.targets,
+            verifies_drafts=True,
         )
 
     def allocate(self, shape: CacheShape) -> None:

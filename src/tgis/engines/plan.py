@@ -9,7 +9,7 @@ class Want(IntEnum):
 
     NOTHING = 0  # a chunk in the middle of a prompt
     LAST = 1  # those after its last new token
-    ALL = 2  # those after every new token (details of input tokens)
+    ALL = 2  # those after every new token (details of input tokens, drafts)
 
 
 @dataclass(slots=True)
@@ -28,6 +28,13 @@ class Row:
     # nothing.
     prompt: int = 0
     lora: int = 0
+    num_drafts: int = 0  # of `token_ids`, the last ones that nobody has chosen yet
+
+    def drop_drafts(self) -> None:
+        """Compute only what is known."""
+        if self.num_drafts:
+            del self.token_ids[-self.num_drafts :]
+            self.num_drafts, self.want = 0, Want.LAST
 
     @property
     def num_tokens(self) -> int:

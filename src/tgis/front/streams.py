@@ -15,12 +15,13 @@ from itertools import count
 
 from tgis.errors import GenerationFailed, InvalidRequest, OutOfMemory, RequestError, Unavailable
 from tgis.front.link import CoreLink
+from tgis.front.step_metrics import note_gauges, note_step
 from tgis.observe.metrics import Metrics
 from tgis.text.detokenize import Detokenizer
 from tgis.text.stops import StopMatcher
 from tgis.text.streams import TextStream
 from tgis.types import DetailParams, FinishReason, SamplingParams, TokenDetails, TokenOut
-from tgis.wire import Add, Failed, FailureKind, Gauges, Out, SchedulerCounts, StepStats
+from tgis.wire import Add, Failed, FailureKind, Gauges, Out
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Stream:
         self._error: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._collecting = False
+        self._is_behind = False  # pieces of an earlier step have not been taken
 
     def __enter__(self) -> "Stream":
         return self
@@ -144,6 +146,10 @@ class Stream:
         answer.text = "".join(texts)
         return answer
 
+    def begin_step(self) -> None:
+        """What is pushed from now on comes from another step."""
+        self._is_behind = any(map(self._is_news, self._pieces))
+
     def push(self, out: TokenOut) -> None:
         """Take one token, or the end, from the core."""
         finish = out.finish
@@ -172,7 +178,7 @@ class Stream:
 
     def _put(self, piece: Piece) -> None:
         self.finished = piece.finish is not FinishReason.NOT_FINISHED
-        if self._pieces and not self.job.details.output:
+        if self._pieces and not self._stays_apart(self._pieces[-1]):
             piece.text = self._pieces.pop().text + piece.text
         self._pieces.append(piece)
         if not self._collecting:
@@ -193,18 +199,27 @@ class Stream:
         self._held = held
         self._streams.link.hold(self.seq_id, held)
 
+    def _stays_apart(self, piece: Piece) -> bool:
+        """Whether a piece is a message by itself, though it has not been taken yet.
+
+        Where tokens are listed, it always is. Text is merged if the reader is slow; but tokens of
+        one step, of which speculative decoding makes several, get a message each as all do.
+        """
+        if self.job.details.output:
+            return True
+        return not self._is_behind and not self._collecting and self._is_news(piece)
+
     def _has_news(self) -> bool:
         if self.finished:
             return True
-        if self._collecting or not self._pieces:
-            return False
-        last = self._pieces[-1]
-        # A token that adds neither text nor a list entry is not worth a message, but the first
-        # one says that the input has been processed.
-        return bool(last.text) or last.token is not None or self._first_news()
+        return not self._collecting and any(map(self._is_news, self._pieces))
 
-    def _first_news(self) -> bool:
-        return self.job.details.input and self.num_generated == 1
+    def _is_news(self, piece: Piece) -> bool:
+        """A token that adds neither text nor a list entry is not worth a message, but the first one
+        says that the input has been processed.
+        """
+        is_first = self.job.details.input and piece.num_generated == 1
+        return bool(piece.text) or piece.token is not None or is_first
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -290,10 +305,14 @@ class Streams:
             if stream := self._streams.get(inputs.seq_id):
                 stream.input_details = inputs.details
         stopped: list[int] = []
+        begun: set[int] = set()
         for token in out.tokens:
             stream = self._streams.get(token.seq_id)
             if stream is None:
-                continue  # aborted while the step was under way
+                continue  # aborted while the step was under way, or stopped by an earlier token
+            if token.seq_id not in begun:
+                begun.add(token.seq_id)
+                stream.begin_step()
             self._time(stream, now, token.token_id >= 0)
             _push(stream, token)
             if stream.finished:
@@ -302,7 +321,9 @@ class Streams:
                     stopped.append(token.seq_id)
         if stopped:
             self.link.abort(stopped)
-        self._note_step(out)
+        note_gauges(self._metrics, out.gauges)
+        if out.step is not None:
+            note_step(self._metrics, out.step)
 
     def on_failed(self, failed: Failed) -> None:
         """End one stream with an error."""
@@ -342,55 +363,4 @@ class Streams:
 
     def on_gauges(self, gauges: Gauges) -> None:
         """Show the state of queue and batch."""
-        metrics = self._metrics
-        metrics.set("tgi_batch_current_size", gauges.num_running)
-        metrics.set("tgi_batch_input_tokens", gauges.running_tokens)
-        metrics.set("tgi_batch_max_remaining_tokens", gauges.remaining_tokens)
-        metrics.set("tgi_queue_size", gauges.num_waiting)
-        used = gauges.kv_tokens_used / gauges.kv_tokens_total if gauges.kv_tokens_total else 0.0
-        metrics.set("tgi_kv_cache_usage", used)
-
-    def _note_step(self, out: Out) -> None:
-        self.on_gauges(out.gauges)
-        if out.step is not None:
-            self._note_engine(out.step)
-            self._note_counts(out.step.counts)
-
-    def _note_engine(self, step: StepStats) -> None:
-        """A step with prompts is a prefill, though others may have advanced in it too."""
-        metrics = self._metrics
-        method = "prefill" if step.num_prefill_seqs else "next_token"
-        failures = {"error": step.num_errors, "oom": step.num_out_of_memory}
-        succeeded = step.num_calls - sum(failures.values())
-        metrics.count("tgi_batch_inference_count", step.num_calls, method=method)
-        for reason, number in failures.items():
-            if number:
-                metrics.count("tgi_batch_inference_failure", number, method=method, reason=reason)
-        size = step.num_prefill_seqs or step.num_decode_seqs
-        metrics.observe("tgi_batch_inference_batch_size", size, method=method)
-        if step.num_prefill_tokens:
-            metrics.observe("tgi_batch_next_tokens", step.num_prefill_tokens)
-        if step.num_joined:
-            metrics.count("tgi_batch_concatenation_count")
-        if not succeeded:
-            return
-        metrics.count("tgi_batch_inference_success", succeeded, method=method)
-        for name, seconds in (
-            ("tgi_batch_inference_duration", step.duration),
-            ("tgi_batch_inference_forward_duration", step.forward_duration),
-            ("tgi_batch_inference_tokproc_duration", step.tokens_duration),
-        ):
-            metrics.observe(name, seconds, method=method, makeup="single_only")
-
-    def _note_counts(self, counts: SchedulerCounts) -> None:
-        for name, number in (
-            ("tgi_preemption_count", counts.num_preempted),
-            ("tgi_queue_jump", counts.num_queue_jumps),
-            ("tgi_granular_batch_addition", counts.num_exact_fits),
-            ("tgi_prefill_weight_limit_exceeded", counts.num_weight_skips),
-            ("tgi_prefill_padding_limit_exceeded", counts.num_padding_skips),
-            ("tgi_prefix_cache_query_tokens", counts.prefix_query_tokens),
-            ("tgi_prefix_cache_hit_tokens", counts.prefix_hit_tokens),
-        ):
-            if number:
-                self._metrics.count(name, number)
+        note_gauges(self._metrics, gauges)

@@ -117,10 +117,10 @@ class Decoder:
         replayed = kernels.replayed(network)
 
         def step(inputs: StepInputs, splices: Sequence[Splice]) -> Tensor:
-            if not inputs.only_decodes:
+            if not inputs.is_repeatable:
                 return self.forward(inputs, cache, splices)
             stream = self._embed(inputs, splices)
-            key = (len(stream), inputs.lora is not None)
+            key = (len(stream), len(inputs.slots), inputs.lora is not None)
             return self._whole(replayed(key, stream, *inputs.tensors()))
 
         return step

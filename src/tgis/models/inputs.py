@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 
+FEW_TOKENS = 32  # of a step that is recorded although sequences have several each
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
     """A flat batch of the T new tokens of S sequences; N rows of logits are wanted."""
@@ -24,9 +27,13 @@ class StepInputs:
     lora: Tensor | None = None  # int64 [T], as `lora.Adaptable` reads it; None: no adapters
 
     @property
-    def only_decodes(self) -> bool:
-        """Whether each sequence has one new token, and wants logits after it."""
-        return len(self.token_ids) == len(self.slots) == len(self.logits_index)
+    def is_repeatable(self) -> bool:
+        """Whether steps like this will come again: one new token for each sequence, or few tokens
+        that are drafts for most; logits are wanted after each.
+        """
+        num_tokens = len(self.token_ids)
+        few = num_tokens <= max(len(self.slots), FEW_TOKENS)
+        return few and num_tokens == len(self.logits_index)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All of them, in order."""

@@ -104,6 +104,9 @@ TABLE: tuple[Spec, ...] = (
     Spec("tgi_preemption_count", "counter", "Sequences that gave their memory up to be recomputed"),
     Spec("tgi_prefix_cache_query_tokens", "counter", "Prompt tokens looked up in the cache"),
     Spec("tgi_prefix_cache_hit_tokens", "counter", "Prompt tokens found in the cache"),
+    Spec("tgi_speculation_draft_count", "counter", "Drafts of several tokens that were computed"),
+    Spec("tgi_speculation_draft_tokens", "counter", "Tokens of these drafts"),
+    Spec("tgi_speculation_accepted_tokens", "counter", "Drafted tokens that were then chosen"),
     # The server
     Spec("tgi_health_state", "gauge", "1 for the state that the server is in", STATE),
     Spec("tgi_model_load_ratio", "gauge", "Share of the weights that has been read, 0 to 1"),
@@ -173,6 +176,17 @@ COMPAT: tuple[Alias, ...] = (
             "tgi_request_time_to_first_token_duration_count",
             "tgi_request_inter_token_duration_count",
         ),
+    ),
+    Alias("vllm:spec_decode_num_drafts_total", "counter", ("tgi_speculation_draft_count_total",)),
+    Alias(
+        "vllm:spec_decode_num_draft_tokens_total",
+        "counter",
+        ("tgi_speculation_draft_tokens_total",),
+    ),
+    Alias(
+        "vllm:spec_decode_num_accepted_tokens_total",
+        "counter",
+        ("tgi_speculation_accepted_tokens_total",),
     ),
     _success("stop", "EOS_TOKEN", "STOP_SEQUENCE"),
     _success("length", "MAX_TOKENS", "TOKEN_LIMIT"),

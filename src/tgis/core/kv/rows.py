@@ -118,7 +118,7 @@ class RowsMemory:
         row = self._rows[seq.slot]
         self._used -= row.size
         if keep and row.names:
-            row.written = max(row.written, seq.num_computed)
+            row.written = max(row.written, seq.num_written, seq.num_computed)
             row.size = self._round_up(row.written)
             row.token_ids = seq.token_ids[: seq.num_computed]
             row.is_open = False
@@ -126,7 +126,7 @@ class RowsMemory:
             self._cached += row.size
         else:
             self._release(row)
-        seq.slot, seq.room, seq.num_computed = -1, 0, 0
+        seq.slot, seq.room, seq.num_written, seq.num_computed = -1, 0, 0, 0
 
     def drain_copies(self) -> list[KvCopy]:
         """See `KvMemory.drain_copies`."""
