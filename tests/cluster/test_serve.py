@@ -33,19 +33,26 @@ from tests.kit.server import Server
 from tgis.proto import generation_pb2 as pb
 from tgis.proto.generation_pb2_grpc import GenerationServiceStub
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-MANY_TOKENS = {"stopping": {"max_new_tokens": 150, "min_new_tokens": 150}}
 SCALING = (
     "--ray-replicas=1:3 --ray-target-requests=2 --ray-upscale-delay=1 --ray-downscale-delay=3"
-    " --ray-cpus=0.25 --ray-routing=prefix"
+    " --ray-cpus=0.25"
 )
+THREE = "--ray-replicas=3 --ray-cpus=0.25 --ray-routing=prefix"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """One replica, and up to three when there is load."""
     with run_on_ray(DEMO, *flags(Limits()), *SCALING.split()) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Server]:
+    """Three replicas, whatever the load."""
+    with run_on_ray(DEMO, *flags(Limits()), *THREE.split()) as served:
         yield served
 
 
@@ -59,7 +66,8 @@ def replicas(server: Server) -> set[int]:
     return named(server.process.pid, REPLICA)
 
 
-async def until(condition: Any, seconds: float = 100) -> None:
+async def until(condition: Any, seconds: float = 300) -> None:
+    """Wait for what only a look at processes or metrics tells."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
@@ -78,9 +86,14 @@ def batch_of(*texts: str, tokens: int = 20) -> pb.BatchedGenerationRequest:
 
 def metrics(server: Server, name: str) -> dict[str, float]:
     """A metric's samples by their labels."""
-    _, page = server.get("/metrics")
+    _, page = server.get("/metrics", timeout=60)
     found = re.findall(rf"^{name}({{.*}}) (\S+)$", page, re.MULTILINE)
     return {labels: float(value) for labels, value in found}
+
+
+def running(server: Server) -> dict[str, float]:
+    """Requests that each replica works on."""
+    return metrics(server, "tgi_batch_current_size")
 
 
 async def test_status_and_metadata_come_through(server: Server) -> None:
@@ -99,9 +112,7 @@ async def test_status_and_metadata_come_through(server: Server) -> None:
         ):
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "max_new_tokens must be <=" in await call.details()
-        unary = service.Generate(batch_of("Once", tokens=too_many), metadata=[identifier])
-        assert await unary.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert identifier in list(await unary.trailing_metadata())
+            assert identifier in list(await call.trailing_metadata())
 
 
 async def test_bytes_that_are_no_request(server: Server) -> None:
@@ -118,9 +129,6 @@ async def test_clients_that_do_not_wait_are_not_computed_for(server: Server) -> 
         samples = metrics(server, "tgi_request_failure").items()
         return sum(value for labels, value in samples if 'err="cancelled"' in labels)
 
-    def running() -> float:
-        return sum(metrics(server, "tgi_batch_current_size").values())
-
     before = cancelled()
     async with stub(server) as service:
         late = service.Generate(batch_of("Once upon", tokens=150), timeout=0.1)
@@ -129,7 +137,7 @@ async def test_clients_that_do_not_wait_are_not_computed_for(server: Server) -> 
         await gone.read()
         await gone.read()
         gone.cancel()
-        await until(lambda: cancelled() == before + 2 and running() == 0)
+        await until(lambda: cancelled() == before + 2 and not any(running(server).values()))
 
 
 async def test_health_and_reflection(server: Server) -> None:
@@ -202,57 +210,50 @@ class Load:
             async for message in service.GenerateStream(request_of(text, 150)):
                 count = message.generated_token_count or count
         except grpc.aio.AioRpcError as error:
-            return str(error.code().name)
+            hint = "retry-after-ms" in dict(error.trailing_metadata() or ())
+            return error.code().name + (" with a hint" if hint else "")
         return "OK" if count == 150 else "incomplete"
 
 
 async def test_scales_with_the_load_and_back(server: Server) -> None:
     await until(lambda: len(replicas(server)) == 1)
     async with Load(server, 12) as load:
-        await until(lambda: len(metrics(server, "tgi_batch_current_size")) == 3)
+        await until(lambda: sum(v > 0 for v in running(server).values()) == 3)
         assert len(replicas(server)) == 3
-        shares = metrics(server, "tgi_request_count")
-        await until(
-            lambda: sum(v > 0 for v in metrics(server, "tgi_batch_current_size").values()) > 1
-        )
     await until(lambda: len(replicas(server)) == 1)
-    assert shares
     assert set(load.outcomes) == {"OK"}
 
 
-async def test_a_replica_is_killed_under_load(server: Server) -> None:
-    """Once its actor, once its server: every call has a status, and the replica is replaced."""
-    for name in (REPLICA, "tgis.hosted"):
-        async with Load(server, 6) as load:
-            await until(lambda: load.outcomes["OK"] > 3)
-            before = named(server.process.pid, name)
-            victim = min(before)
-            os.kill(victim, signal.SIGKILL)
-            await until(lambda: named(server.process.pid, name) - before)  # noqa: B023
-            count = load.outcomes["OK"]
-            await until(lambda: load.outcomes["OK"] > count + 6)  # noqa: B023
-        # What the actor worked on is INTERNAL, what the server did is UNAVAILABLE.
-        assert set(load.outcomes) <= {"OK", "UNAVAILABLE", "INTERNAL"}
+@pytest.mark.parametrize("name", [REPLICA, "tgis.hosted"], ids=["its actor", "its server"])
+async def test_a_replica_is_killed_under_load(three: Server, name: str) -> None:
+    """Every call has a status that says to try again, and the replica is replaced."""
+    pid = three.process.pid
+    async with Load(three, 9) as load:
+        while "UNAVAILABLE with a hint" not in load.outcomes:
+            await until(lambda: sum(v > 0 for v in running(three).values()) == 3)
+            before = named(pid, name)
+            os.kill(min(before), signal.SIGKILL)
+            await until(lambda: len(named(pid, name) - before) == 1)  # noqa: B023
+        await until(lambda: sum(v > 0 for v in running(three).values()) == 3)
+        count = load.outcomes["OK"]
+        await until(lambda: load.outcomes["OK"] > count + 6)
+    assert set(load.outcomes) == {"OK", "UNAVAILABLE with a hint"}
 
 
-async def test_prompts_that_begin_alike_meet(server: Server) -> None:
+async def test_prompts_that_begin_alike_meet(three: Server) -> None:
     def asked() -> dict[str, float]:
-        return metrics(server, "tgi_prefix_cache_query_tokens")
+        return metrics(three, "tgi_prefix_cache_query_tokens")
 
-    async with Load(server, 8):
-        await until(lambda: len(metrics(server, "tgi_batch_current_size")) == 3)
-    await until(lambda: sum(metrics(server, "tgi_batch_current_size").values()) == 0)
+    await until(lambda: len(running(three)) == 3 and not any(running(three).values()))
     places = []
-    async with stub(server) as service:
-        for number in range(12):
+    async with stub(three) as service:
+        for number in range(8):
             system = f"Story number {number} is about a cat. " * 12
             before = asked()
             for turn in range(4):
                 await service.Generate(batch_of(f"{system}{turn}", tokens=2))
             after = asked()
-            if len(before) == len(after) == 3:  # else a replica has just gone
-                places.append({name for name in before if before[name] != after[name]})
-    assert len(places) >= 4
+            places.append({name for name in after if before.get(name) != after[name]})
     assert all(len(place) == 1 for place in places), places
     assert len(set().union(*places)) > 1
 

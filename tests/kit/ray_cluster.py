@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import pytest
 from tests.kit.processes import alive, wait_until
 from tests.kit.server import Server, free_ports, scrubbed_environment
 
-START_SECONDS = 120.0
-STOP_SECONDS = 60.0
+START_SECONDS = 300.0
+STOP_SECONDS = 120.0
 REPLICA = "ray::ServeReplica"
 WORKER = "ray::MapWorker"
 
@@ -70,12 +70,17 @@ def ray_directory() -> Iterator[Path]:
 
 @contextmanager
 def run_on_ray(
-    model: Path, *flags: str, dtype: str = "float32", http_port: int | None = None
+    model: Path,
+    *flags: str,
+    dtype: str = "float32",
+    http_port: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Replicas behind Serve's proxies for the length of a block; nothing is left afterwards.
 
     Args:
         http_port: None for any free one.
+        env: variables that Ray reads.
     """
     require_ray()
     grpc_port, free_port = free_ports(2)
@@ -90,7 +95,7 @@ def run_on_ray(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=ray_environment(directory),
+                env=ray_environment(directory) | dict(env or {}),
                 cwd=directory,
                 start_new_session=True,
             )

@@ -1,7 +1,7 @@
 """A replica: an ordinary server of our own, and an actor that hands it what Serve's proxies bring.
 
-Messages pass through as bytes. What the server says is what the client is told: messages, status,
-trailing metadata; a client that is gone cancels the call.
+Messages pass through as bytes. What the server says is what the client is told: messages, then
+status and trailing metadata as an `Ending`; a client that is gone cancels the call.
 """
 
 import logging
@@ -18,11 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from tgis.cluster.affinity import MARK
+from tgis.cluster.ending import Ending, encode
 from tgis.cluster.exposition import merge
 from tgis.cluster.ingress import METHODS, path_of
 from tgis.cluster.ranks import Ranks
 from tgis.config import Config
-from tgis.front.rpc import echoed
 from tgis.hosted import HostedServer, loopback
 
 log = logging.getLogger("ray.serve")
@@ -126,37 +126,26 @@ class Replica:
         return self._channel
 
     async def _unary(self, path: str, request: bytes, context: RayServegRPCContext) -> Message:
-        metadata = _forwarded(context)
         call = self._calls().unary_unary(path, None, None)(
-            request[_HEADER_BYTES:], metadata=metadata
+            request[_HEADER_BYTES:], metadata=_forwarded(context)
         )
         try:
-            answer = Message(await call)
-            code = grpc.StatusCode.OK
-        except grpc.aio.AioRpcError as error:
-            # Not raised: Serve would log a traceback, and drop the trailing metadata.
-            answer, code = Message(), error.code()
-            context.set_details(error.details() or "")
-        context.set_code(code)
-        context.set_trailing_metadata(_trailers(await call.trailing_metadata()))
-        return answer
+            answer = await call
+        except grpc.aio.AioRpcError:
+            answer = b""
+        return await _ending(call, answer)
 
     async def _stream(
         self, path: str, request: bytes, context: RayServegRPCContext
     ) -> AsyncIterator[Message]:
-        metadata = _forwarded(context)
-        # Serve takes trailing metadata with a message only, and none comes after the last one.
-        context.set_trailing_metadata(list(echoed(dict(metadata))))
         call = self._calls().unary_stream(path, None, None)(
-            request[_HEADER_BYTES:], metadata=metadata
+            request[_HEADER_BYTES:], metadata=_forwarded(context)
         )
         try:
-            async for message in call:
-                yield Message(message)
-        except grpc.aio.AioRpcError as error:
-            context.set_code(error.code())
-            context.set_details(error.details() or "")
-            raise RuntimeError(error.details() or error.code().name) from None
+            with suppress(grpc.aio.AioRpcError):
+                async for message in call:
+                    yield Message(message)
+            yield await _ending(call)
         finally:
             call.cancel()  # nothing happens if it has ended
 
@@ -176,8 +165,11 @@ def _forwarded(context: RayServegRPCContext) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _trailers(metadata: Any) -> list[tuple[str, Any]]:
-    return [(key, value) for key, value in metadata or () if not key.startswith("grpc-")]
+async def _ending(call: Any, answer: bytes = b"") -> Message:
+    code, details = await call.code(), await call.details()
+    metadata = await call.trailing_metadata() or ()
+    trailers = [(key, value) for key, value in metadata if not key.startswith("grpc-")]
+    return Message(encode(Ending(code.value[0], details or "", trailers, answer)))
 
 
 def _unary_method(method: MethodDescriptor) -> Any:

@@ -29,6 +29,7 @@ _MAX_ECHO_BYTES = 1024
 _UNEXPECTED = "Request failed: internal error"
 
 CORRELATION_ID = "x-correlation-id"  # metadata that comes back to the client with every answer
+RETRY_AFTER = "retry-after-ms"  # metadata that comes with UNAVAILABLE
 
 
 def metadata_of(context: Context) -> dict[str, str]:
@@ -136,7 +137,7 @@ async def _answering(
 async def _abort(context: Context, error: RequestError) -> None:
     trailers = tuple(context.trailing_metadata() or ())
     if isinstance(error, Unavailable):
-        trailers += (("retry-after-ms", str(error.retry_after_ms)),)
+        trailers += ((RETRY_AFTER, str(error.retry_after_ms)),)
     await context.abort(grpc.StatusCode[_status(error).grpc], _clipped(str(error)), trailers)
 
 
