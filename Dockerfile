@@ -1,5 +1,6 @@
 # docker build --target server-release --build-arg DEVICE=cpu .     (or: make build)
 # docker build --target server-release --build-arg DEVICE=cuda .    (or: make build-cuda)
+# --build-arg EXTRAS="ort fms" adds the packages of these extras.
 
 ARG UBI_VERSION=9.6
 ARG DEVICE=cpu
@@ -42,6 +43,10 @@ RUN python -m pip install --no-cache-dir --requirement deploy/requirements.txt
 FROM packages-${DEVICE} AS server
 
 WORKDIR /usr/src/tgis
+# Of ort, fms, bitsandbytes and ray.
+ARG EXTRAS=""
+COPY deploy/requirements-*.txt deploy/
+RUN for extra in ${EXTRAS}; do python -m pip install --no-cache-dir --constraint deploy/requirements.txt --requirement "deploy/requirements-${extra}.txt" || exit 1; done
 # All that the machines may have; "generic" alone where they are not x86-64.
 ARG KERNEL_TARGETS="amx avx512bf16 avx512 avx2 generic"
 COPY pyproject.toml README.md LICENSE ./

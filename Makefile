@@ -54,7 +54,7 @@ $(VENV)/.installed-supply: pyproject.toml | $(VENV)/.installed
 	@touch $@
 
 audit: $(VENV)/.installed-supply ## Look the locked packages up in the database of vulnerabilities
-	$(BIN)/pip-audit --requirement deploy/requirements.txt --no-deps --disable-pip --strict
+	$(BIN)/pip-audit $(addprefix --requirement ,$(wildcard deploy/requirements*.txt)) --no-deps --disable-pip --strict
 
 sbom: $(VENV)/.installed-supply ## Write build/sbom.json, the locked packages in CycloneDX
 	@mkdir -p build
@@ -91,9 +91,11 @@ CONTAINER ?= $(notdir $(firstword $(shell command -v docker podman) docker))
 IMAGE     ?= text-gen-server:0
 TESTS     := cpu-tests:0
 COMMIT     = $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
-RELEASE    = $(CONTAINER) build --target server-release --build-arg GIT_COMMIT=$(COMMIT)
+EXTRAS    ?=
+RELEASE    = $(CONTAINER) build --target server-release --build-arg GIT_COMMIT=$(COMMIT) \
+	--build-arg EXTRAS="$(EXTRAS)"
 
-build: ## Build the container image for CPUs, text-gen-server:0 or IMAGE
+build: ## Build the container image for CPUs, text-gen-server:0 or IMAGE, with EXTRAS such as "ort fms"
 	$(RELEASE) --build-arg DEVICE=cpu --tag $(IMAGE) .
 
 build-cuda: ## The same for CUDA devices, with -cuda after its tag

@@ -127,15 +127,42 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
             words = step.split()
             if any(word.startswith("--from") for word in words):
                 continue
-            for source in words[:-1]:
-                assert (ROOT / source).exists(), source
-                assert not any(fnmatch.fnmatch(source, pattern) for pattern in patterns), source
+            for word in words[:-1]:
+                paths = [ROOT] if word == "." else ROOT.glob(word)
+                found = [str(path.relative_to(ROOT)) for path in paths]
+                assert found, word
+                for source in found:
+                    assert not any(fnmatch.fnmatch(source, pattern) for pattern in patterns), source
 
 
 def test_the_locked_packages_are_those_of_the_project() -> None:
     command = [sys.executable, ROOT / "deploy" / "lock_requirements.py", "--check"]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout
+
+
+def test_extras_come_from_locked_lists(tmp_path: Path) -> None:
+    assert arguments()["EXTRAS"] == ""
+    (step,) = (text for text in stages("cpu")["server"].of("RUN") if "EXTRAS" in text)
+    pip = tmp_path / "python"
+    pip.write_text('#!/bin/sh\necho "$@"\ntest -f "$8"\n')
+    pip.chmod(0o755)
+
+    def run(extras: str) -> subprocess.CompletedProcess[str]:
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "EXTRAS": extras}
+        words = ["sh", "-ec", step]
+        return subprocess.run(words, check=False, capture_output=True, text=True, cwd=ROOT, env=env)
+
+    assert run("").stdout == ""
+    start = "-m pip install --no-cache-dir --constraint deploy/requirements.txt --requirement"
+    extras = sorted(path.stem.partition("-")[2] for path in ROOT.glob("deploy/requirements-*.txt"))
+    assert extras == ["bitsandbytes", "fms", "ort", "ray"]
+    found = run(" ".join(extras))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [
+        f"{start} deploy/requirements-{extra}.txt" for extra in extras
+    ]
+    assert run("nothing ort").returncode != 0
 
 
 @pytest.mark.parametrize("engine", ["docker", "podman"])

@@ -25,7 +25,7 @@ from tgis.cli.ray import ENVIRONMENT
 from tgis.observe.table import TABLE
 
 GUIDE = (ROOT / "docs" / "deploy.md").read_text()
-NOT_SETTINGS = {"UBI_VERSION", "KERNEL_TARGETS", "TORCH_INDEX", "UNAVAILABLE", "IMAGE"}
+NOT_SETTINGS = {"UBI_VERSION", "KERNEL_TARGETS", "TORCH_INDEX", "UNAVAILABLE", "IMAGE", "EXTRAS"}
 
 
 def rows(heading: str) -> list[list[str]]:

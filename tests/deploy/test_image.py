@@ -32,6 +32,9 @@ REQUEST = {
 }
 LIBRARIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/lib64")
 
+BUILD_ARGUMENTS = {"EXTRAS": "ort fms"}  # which a developer's environment has
+LOCKS = ("requirements", "requirements-ort", "requirements-fms")
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # In namespaces of its own: the root is shown read-only, with what an image would have around it.
@@ -53,6 +56,8 @@ exec env -i $ENVIRONMENT "$CHROOT" --userspec=$USERSPEC --groups=0 "$ROOT" "$@"
 LOOK_AROUND = """
 import importlib.util, os, pathlib, shutil
 assert importlib.util.find_spec("pip") is None
+assert importlib.util.find_spec("onnxruntime")
+assert importlib.util.find_spec("fms")
 assert not any(map(shutil.which, ("gcc", "cc", "c++", "clang", "ld", "pip", "pip3")))
 for place in ("/", "/opt/tgis", "/opt/tgis/bin", "/home", "/usr"):
     assert not os.access(place, os.W_OK), place
@@ -83,31 +88,33 @@ def link_package(name: str, site_packages: Path) -> None:
         link(str(source), str(target))
 
 
-def provide_packages(root: Path) -> None:
-    """What the next steps would fetch, in the versions that are here."""
-    lock = root / SOURCE / "deploy" / "requirements.txt"
+def provide_packages(root: Path, lock: Path) -> None:
+    """What the next steps would fetch by a list, in the versions that are here."""
     lines = lock.read_text().splitlines()
     names = [line.split("==")[0] for line in lines if not line.startswith("#")]
     versions = {name: distribution(name).version for name in names}
     lock.write_text("".join(f"{name}=={versions[name]}\n" for name in names))
     site_packages = root / SITE_PACKAGES
-    for old in site_packages.glob("setuptools*"):
-        shutil.rmtree(old)
+    if "setuptools" in names:
+        for old in site_packages.glob("setuptools*"):
+            shutil.rmtree(old)
     for name in names:
         link_package(name, site_packages)
 
 
 def copy(root: Path, text: str) -> None:
-    *sources, target = text.split()
-    for source in sources:
+    *words, target = text.split()
+    for source in (path for word in words for path in ROOT.glob(word)):
         place = root / SOURCE / target
-        place = place / Path(source).name if target.endswith("/") else place
+        place = place / source.name if target.endswith("/") else place
         place.parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / source).is_dir():
+        if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-            shutil.copytree(ROOT / source, place, ignore=ignored)
+            shutil.copytree(source, place, ignore=ignored)
         else:
-            shutil.copy2(ROOT / source, place)
+            shutil.copy2(source, place)
+        if source.stem in LOCKS:
+            provide_packages(root, place)
 
 
 def run_step(root: Path, text: str, values: dict[str, str]) -> None:
@@ -143,12 +150,10 @@ def build(root: Path) -> list[str]:
     values: dict[str, str] = {}
     done = []
     for stage in lineage(LAST, "cpu"):
-        if stage.name == "packages-cpu":
-            provide_packages(root)
         for name, text in stage.steps:
             if name == "ARG":
                 key, _, value = text.partition("=")
-                values[key] = value.strip('"')
+                values[key] = BUILD_ARGUMENTS.get(key, value.strip('"'))
             elif name in actions and "microdnf" not in text:
                 actions[name](text)
                 done.append(text)
