@@ -1,17 +1,24 @@
 """The calculator against the models' own files, the server's measurements and the scheduler."""
 
+import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
 from benchmarks.scheduler_sim import Cost as SimulatedCost
 from benchmarks.scheduler_sim import make_scheduler, simulate
 from benchmarks.traces import Arrival
 
 from tgis.capacity import Cost, Load, Machine, Plan, gap, make_plan, rate, read_shape
 from tgis.demo import model_dir
+from tgis.engines import native_seq2seq
 from tgis.errors import ConfigError, ModelError
 from tgis.hub.headers import read_headers
+from tgis.hub.resolve import read_json
 
 MACHINE = Machine(memory=8 << 30, kv_share=0.5, max_running=128, step_tokens=512)
 LOAD = Load(requests_per_second=50, prompt_tokens=150, new_tokens=100)
@@ -110,3 +117,62 @@ def test_shards_share_the_weights() -> None:
 
 def test_cached_prompts_need_fewer_replicas() -> None:
     assert plan(Load(50, 150, 100, cached_share=0.8)).replicas < plan().replicas
+
+
+T5 = {
+    "vocab_size": 131,
+    "d_model": 48,
+    "d_kv": 8,
+    "d_ff": 60,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 6,
+    "decoder_start_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (transformers.T5Config, {}),
+        (transformers.T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+        (transformers.MT5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    ],
+)
+def test_an_encoder_decoder(tmp_path: Path, kind: Any, more: Any) -> None:
+    """Its parameters are those of Transformers' model, its keys and values those of the engine."""
+    model = transformers.AutoModelForSeq2SeqLM.from_config(kind(**T5, **more))
+    if "tie_word_embeddings" in more:  # as in T5 1.1's files, whatever Transformers ties
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
+    shape = read_shape(tmp_path / "whole", "float32", "it")
+    computed = read_shape(tmp_path, "float32", "it")
+    assert computed.num_parameters == pytest.approx(model.num_parameters(), rel=0.02)
+    assert shape.num_parameters == model.num_parameters()
+    assert shape.step_parameters == computed.step_parameters
+    linear = {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    made_by_input = [name for name in linear if re.search(r"EncDecAttention\.[kv]$", name)]
+    encoder = [name for name in linear if name.startswith("encoder.")]
+    expected = sum(linear[name] for name in encoder + made_by_input)
+    assert shape.prompt_parameters == expected
+    assert shape.step_parameters == sum(linear.values()) - expected
+    engine = native_seq2seq.load(
+        tmp_path / "whole", read_json(tmp_path / "whole" / "config.json", "it"), torch.float32
+    )
+    assert shape.kv_bytes_per_token == engine.caps.kv_bytes_per_token
+    half = read_shape(tmp_path / "whole", "bfloat16", "it")
+    wide = sum(number for name, number in linear.items() if name.endswith(".wo"))
+    assert half.weight_bytes == 2 * (shape.num_parameters + wide)
+
+
+def test_inputs_of_an_encoder_decoder_are_not_cached(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", **T5}))
+    shape = read_shape(tmp_path, "float32", "it")
+    assert make_plan(shape, COST, LOAD, MACHINE).replicas > 1
+    with pytest.raises(ConfigError, match="--cached: an encoder-decoder's inputs are not cached"):
+        make_plan(shape, COST, Load(50, 150, 100, cached_share=0.5), MACHINE)

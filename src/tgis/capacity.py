@@ -8,6 +8,9 @@ with them, so b sequences of P prompt and O new tokens each get a token every
 seconds where a share h of the prompts is cached, and the replica ends b / (O gap(b)) requests a
 second. Memory, the largest batch or a wanted gap bound b. docs/scaling.md compares this with
 the scheduler itself.
+
+An encoder-decoder keeps keys and values of its input and of what it has made, one as large as the
+other. Inputs cost what the encoder does, steps what the decoder does, and no input is cached.
 """
 
 import math
@@ -20,7 +23,10 @@ from tgis.errors import ConfigError, ModelError
 from tgis.hub.headers import ITEM_BYTES, read_headers
 from tgis.hub.resolve import read_json
 from tgis.models.families import read_spec
+from tgis.models.families.t5 import SEQ2SEQ_FAMILIES, read_seq2seq_spec
 from tgis.models.model_config import ModelConfig
+from tgis.models.seq2seq_spec import Seq2SeqSpec
+from tgis.models.spec import DecoderSpec
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Measured on the two cores of docs/performance.md with model M; bytes and operations a second.
@@ -39,9 +45,24 @@ class Shape:
 
     num_parameters: int
     weight_bytes: int
+    step_bytes: int  # of the weights, what a decoding step reads
+    step_parameters: int  # multiplied with for a generated token
+    prompt_parameters: int  # ... for a token of the prompt
     kv_bytes_per_token: int
     hidden_size: int
     vocab_size: int
+    caches_prompts: bool = True
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A model's parameters by what they are for; a decoder-only model has one part for all."""
+
+    decoder: int
+    encoder: int  # what an input passes through, 0 if that is the decoder
+    other: int  # the table that is looked up in, not multiplied with
+    wide: tuple[int, int]  # of decoder and encoder, those that stay float32
+    kv_values: int  # of one token
 
 
 @dataclass(frozen=True)
@@ -58,11 +79,10 @@ class Cost:
         cls, shape: Shape, bandwidth: float, prefill_rate: float, decode_rate: float
     ) -> "Cost":
         """Weights are read once a step, and multiplied with once for each token."""
-        operations = 2 * shape.num_parameters
         return cls(
-            step=shape.weight_bytes / bandwidth,
-            row=operations / decode_rate,
-            prompt_token=operations / prefill_rate,
+            step=shape.step_bytes / bandwidth,
+            row=2 * shape.step_parameters / decode_rate,
+            prompt_token=2 * shape.prompt_parameters / prefill_rate,
             context_token=shape.kv_bytes_per_token / bandwidth,
         )
 
@@ -143,20 +163,56 @@ def read_shape(directory: Path, dtype: str, name: str) -> Shape:
     """
     config = _read_config(directory)
     try:
-        spec, _ = read_spec(config)
+        seq2seq = config.model_type in SEQ2SEQ_FAMILIES
+        spec = read_seq2seq_spec(config) if seq2seq else read_spec(config)[0]
     except ModelError as error:
         raise ModelError(f"Model {name}: {error}") from None
-    heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.hidden_size
-    attention = width * spec.head_dim * (2 * heads + 2 * kv_heads)
-    mlp = (3 if spec.gated_mlp else 2) * width * spec.intermediate_size
-    tables = (1 if spec.tied_head else 2) * spec.vocab_size * width
-    parameters = spec.num_layers * (attention + mlp) + tables
+    parts = _seq2seq_parts(spec) if isinstance(spec, Seq2SeqSpec) else _decoder_parts(spec)
+    parameters = computed = parts.decoder + parts.encoder + parts.other
     if any(directory.glob("*.safetensors")):
         infos = read_headers(directory).values()
         parameters = sum((info.stop - info.start) // ITEM_BYTES[info.dtype] for info in infos)
     item = DTYPE_BYTES[dtype]
-    kv = 2 * spec.num_layers * kv_heads * spec.head_dim * item
-    return Shape(parameters, parameters * item, kv, width, spec.vocab_size)
+    step = parts.decoder + (0 if parts.encoder else parameters - computed)
+    return Shape(
+        num_parameters=parameters,
+        weight_bytes=parameters * item + sum(parts.wide) * (4 - item),
+        step_bytes=step * item + parts.wide[0] * (4 - item),
+        step_parameters=step,
+        prompt_parameters=parts.encoder or step,
+        kv_bytes_per_token=parts.kv_values * item,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        caches_prompts=not seq2seq,
+    )
+
+
+def _decoder_parts(spec: DecoderSpec) -> _Parts:
+    heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.hidden_size
+    attention = width * spec.head_dim * (2 * heads + 2 * kv_heads)
+    mlp = (3 if spec.gated_mlp else 2) * width * spec.intermediate_size
+    tables = (1 if spec.tied_head else 2) * spec.vocab_size * width
+    kv_values = 2 * spec.num_layers * kv_heads * spec.head_dim
+    return _Parts(spec.num_layers * (attention + mlp) + tables, 0, 0, (0, 0), kv_values)
+
+
+def _seq2seq_parts(spec: Seq2SeqSpec) -> _Parts:
+    """Each layer of the decoder keeps keys and values of the input, which the encoder's end makes.
+
+    The MLP's second matrix stays float32 (`Seq2SeqWeights.mlp_out`).
+    """
+    width, inner = spec.hidden_size, spec.num_heads * spec.head_dim
+    encoders, decoders = spec.num_encoder_layers, spec.num_decoder_layers
+    mlp_out = width * spec.intermediate_size
+    mlp = (3 if spec.gated_mlp else 2) * mlp_out
+    table = spec.vocab_size * width
+    return _Parts(
+        decoder=decoders * (6 * width * inner + mlp) + table,
+        encoder=encoders * (4 * width * inner + mlp) + decoders * 2 * width * inner,
+        other=0 if spec.scaled_logits else table,
+        wide=(decoders * mlp_out, encoders * mlp_out),
+        kv_values=2 * decoders * inner,
+    )
 
 
 def make_plan(
@@ -175,8 +231,11 @@ def make_plan(
         utilisation: share of a replica's capacity that is used; the rest is for peaks.
 
     Raises:
-        ConfigError: not even one sequence fits, or one alone exceeds the wanted gap.
+        ConfigError: not even one sequence fits, one alone exceeds the wanted gap, or prompts are
+            said to be cached where none is.
     """
+    if load.cached_share and not shape.caches_prompts:
+        raise ConfigError("--cached: an encoder-decoder's inputs are not cached; expected 0")
     weights = shape.weight_bytes // machine.num_shards
     step = _step_bytes(shape, machine)
     room = machine.memory - weights - step
