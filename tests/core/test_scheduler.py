@@ -85,6 +85,18 @@ def test_deadlines_while_running_and_while_waiting() -> None:
     assert not driver.scheduler.has_work
 
 
+def test_deadlines_of_sequences_that_have_ended_are_forgotten() -> None:
+    driver = Driver.make(slots=4)
+    late = driver.add(request(0, max_new=400, deadline=1e9))
+    for number in range(1, 300):
+        driver.add(request(number, max_new=1, deadline=1e9))
+        driver.step()
+    assert len(driver.scheduler._deadlines) < 200
+    assert (late.deadline, late.uid) in driver.scheduler._deadlines
+    driver.drop(0)
+    assert not driver.scheduler._deadlines
+
+
 def test_memory_runs_out_and_the_last_admitted_gives_way() -> None:
     driver = Driver.make(slots=3, tokens=90, budget=64)
     adds = [request(i, prompt_len=8, max_new=40) for i in range(3)]

@@ -10,7 +10,7 @@ when memory runs out, the sequence admitted last gives its memory up and is comp
 """
 
 from collections.abc import Iterable, Iterator
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from tgis.core.budget import Budget, Load, Room, Verdict
 from tgis.core.kv.base import KvMemory
@@ -24,6 +24,7 @@ from tgis.wire import Gauges, SchedulerCounts
 OVERTAKING_SECONDS = 1.0
 # ... and a step looks at so many that do not fit at most.
 _MOST_SKIPPED = 32
+_MOST_PAST_DEADLINES = 64  # of sequences that have ended, beside as many as have not
 
 
 class Scheduler:
@@ -101,6 +102,8 @@ class Scheduler:
         else:
             self._waiting.take(seq)
         self._waiting.leave(seq)
+        if not self.has_work:
+            self._deadlines.clear()
 
     def expire(self, now: float) -> list[Sequence]:
         """Remove and return the sequences whose deadline has passed and that get no token soon.
@@ -115,7 +118,7 @@ class Scheduler:
             if uid in self._new:
                 spared.append((deadline, uid))
                 continue
-            seq = self._waiting.get(uid) or self._running.get(uid)
+            seq = self._find(uid)
             if seq is not None and (seq.slot < 0 or seq.num_uncomputed > 1 or seq.held):
                 self.remove(seq)
                 expired.append(seq)
@@ -220,8 +223,17 @@ class Scheduler:
         return bool(self._waiting) and len(self._running) < self._max_running and not self._no_room
 
     def _note_deadline(self, seq: Sequence) -> None:
-        if seq.deadline != float("inf"):
-            heappush(self._deadlines, (seq.deadline, seq.uid))
+        if seq.deadline == float("inf"):
+            return
+        heappush(self._deadlines, (seq.deadline, seq.uid))
+        num_live = self.num_waiting + self.num_running
+        if len(self._deadlines) > 2 * num_live + _MOST_PAST_DEADLINES:
+            live = {item for item in self._deadlines if self._find(item[1]) is not None}
+            self._deadlines = list(live)
+            heapify(self._deadlines)
+
+    def _find(self, uid: int) -> Sequence | None:
+        return self._waiting.get(uid) or self._running.get(uid)
 
     def _finish_reason(self, seq: Sequence, token_id: int, now: float) -> FinishReason:
         """The order of the rules is that of the TGIS api (stopping)."""
