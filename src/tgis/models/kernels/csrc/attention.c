@@ -3,11 +3,11 @@
 // A query row is one query head of one new token; rows that share a KV head are worked on together,
 // so that each key is read once for all of them.
 //
-// Few rows (decoding): tasks are (sequence, KV head, block of rows, split of SPLIT positions). A
+// Few rows (decoding, and drafts behind it): tasks are (sequence, KV head, block of rows, split of SPLIT positions). A
 // split's result is complete in itself: (max, sum, weighted values); where a sequence has several,
 // they are combined afterwards in order (flash decoding, Dao et al. 2023). Splits lie at fixed
-// positions, so a sequence's result depends neither on its neighbours in the batch nor on the
-// number of threads.
+// positions, so a token's result depends neither on its neighbours in the batch, nor on those in
+// its own sequence, nor on the number of threads.
 // Many rows in bfloat16: tasks are (sequence, KV head, block of rows) on AMX tiles, where CPUs have
 // them.
 
@@ -37,8 +37,8 @@ INLINE int64_t num_rows(const struct attention_args *a, int64_t seq) {
 #define PACK_POSITIONS 256  // of a packing task
 
 INLINE int on_tiles(const struct attention_args *a, int64_t seq) {
-  return a->bf16 && a->head_dim % 2 == 0 && a->scale > 0 && num_rows(a, seq) >= MIN_TILE_ROWS &&
-         a->q_start[seq + 1] - a->q_start[seq] > 1 && a->kv_len[seq] > 0 && tgis_amx(NULL);
+  return a->bf16 && a->head_dim % 2 == 0 && a->scale > 0 && a->kv_len[seq] > 0 &&
+         a->q_start[seq + 1] - a->q_start[seq] > FEW_TOKENS && tgis_amx(NULL);
 }
 
 INLINE int64_t vt_head(const struct attention_args *a, int64_t seq) {

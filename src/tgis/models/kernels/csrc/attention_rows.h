@@ -218,7 +218,7 @@ static int begin_block(const struct attention_args *a, struct block *b, int64_t 
     b->hi[r] = a->causal ? min64(to, b->query[r] + 1) : to;
     b->lo[r] = a->window ? max64(from, b->query[r] + 1 - a->window) : from;
     if (b->lo[r] >= b->hi[r]) continue;
-    begin = min64(begin, b->lo[r]);
+    begin = min64(begin, b->lo[r] / 32 * 32);  // sums are in runs of 32: the same for all rows
     end = max64(end, b->hi[r]);
   }
   for (int64_t r = 0; r < b->rows; r++) {

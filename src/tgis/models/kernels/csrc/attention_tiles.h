@@ -10,7 +10,7 @@
 
 #define TILE_ROWS 32
 #define POSITIONS 128  // of a block
-#define MIN_TILE_ROWS 16
+#define FEW_TOKENS 16  // of a sequence, that are rounded as each of them would be alone
 
 #ifdef HAVE_TILES
 
