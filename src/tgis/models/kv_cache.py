@@ -1,9 +1,12 @@
-"""Keys and values of all sequences, in rows (the layout for CPUs).
+"""Keys and values of all sequences: in rows (the layout for CPUs), or in blocks (for cards).
 
-Per layer two tensors [num_slots, kv_heads, slot_tokens, head_dim]: in one slot, each head's tokens
-lie side by side, so that attention reads them where they are. The memory is one anonymous mapping a
-layer, which the operating system commits page by page as it is written; slots may therefore be as
-long and as many as address space allows, and a released slot gives its pages back.
+Rows: per layer two tensors [num_slots, kv_heads, slot_tokens, head_dim]: in one slot, each head's
+tokens lie side by side, so that attention reads them where they are. The memory is one anonymous
+mapping a layer, which the operating system commits page by page as it is written; slots may
+therefore be as long and as many as address space allows, and a released slot gives its pages back.
+
+Blocks: per layer two tensors [num_blocks, block_tokens, kv_heads, head_dim], as paged kernels read
+them; which blocks are whose is in the plan.
 """
 
 import math
@@ -21,11 +24,11 @@ _NORESERVE = 0x4000  # MAP_NORESERVE of Linux; Python names it from 3.13 on
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCache:
-    """One layer's keys and values, each [num_slots, kv_heads, slot_tokens, head_dim]."""
+    """One layer's keys and values; `memory` is what rows lie in."""
 
     k: Tensor
     v: Tensor
-    memory: mmap.mmap
+    memory: mmap.mmap | None = None
 
 
 class RowsCache:
@@ -68,8 +71,37 @@ class RowsCache:
         values = self._num_slots * self._slot_bytes
         for slot in slots:
             for layer in self.layers:
+                assert layer.memory is not None
                 for start in (slot * self._slot_bytes, values + slot * self._slot_bytes):
                     layer.memory.madvise(mmap.MADV_DONTNEED, start, self._slot_bytes)
+
+
+class BlocksCache:
+    """The cache of a network in the `blocks` layout, zeros at first.
+
+    What lies in the unwritten part of a block is read by kernels, and then left out by a weight of
+    zero: so it must be finite.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: there is no room for it.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_tokens: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        self.block_tokens = block_tokens
+        shape = (2, num_blocks, block_tokens, num_kv_heads, head_dim)
+        self.layers = [
+            LayerCache(pool[0], pool[1])
+            for pool in (torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
+        ]
 
 
 def page_tokens(head_dim: int, dtype: torch.dtype) -> int:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from tgis.models import kernels
-from tgis.models.attention.alibi import alibi_slopes
+from tgis.models.attention.heads import heads_of
 from tgis.models.inputs import StepInputs
 from tgis.models.kernels import reference
 from tgis.models.kv_cache import LayerCache
 from tgis.models.parallel import Shard
-from tgis.models.spec import Alibi, DecoderSpec
+from tgis.models.spec import DecoderSpec
 
 
 def operators(dtype: torch.dtype) -> ModuleType:
@@ -36,26 +36,15 @@ class RowsAttention:
         q_norm: Tensor | None,
         k_norm: Tensor | None,
     ) -> None:
-        first, last = shard.query_heads(spec)
-        kv_first, kv_last = shard.kv_heads(spec)
-        self._num_heads = last - first
-        self._num_kv_heads = kv_last - kv_first
-        self._scale = spec.scale
-        self._clip = spec.qkv_clip
-        self._window = spec.window(layer) or 0
-        self._norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": spec.norm.eps}
-        self._slopes = None
-        if isinstance(spec.positions, Alibi):
-            slopes = alibi_slopes(spec.num_heads, spec.positions.max_bias)
-            if spec.positions.scaled:
-                slopes *= spec.scale
-            self._slopes = slopes[first:last].contiguous()
+        self._heads = heads_of(spec, shard, layer, q_norm, k_norm)
+        self._norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": self._heads.eps}
         self._ops = operators(dtype)
 
     def __call__(self, qkv: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
         """[T, (heads + 2 * kv_heads) * head_dim] -> [T, heads * head_dim]."""
-        if self._clip is not None:
-            qkv = qkv.clamp_(-self._clip, self._clip)
+        heads = self._heads
+        if heads.clip is not None:
+            qkv = qkv.clamp_(-heads.clip, heads.clip)
         q = self._ops.rope_store(
             qkv,
             inputs.cos,
@@ -64,8 +53,8 @@ class RowsAttention:
             cache.v,
             inputs.token_slot,
             inputs.positions,
-            self._num_heads,
-            self._num_kv_heads,
+            heads.num_heads,
+            heads.num_kv_heads,
             **self._norms,
         )
         out: Tensor = self._ops.attention(
@@ -75,8 +64,8 @@ class RowsAttention:
             inputs.slots,
             inputs.q_start,
             inputs.kv_len,
-            self._scale,
-            alibi_slopes=self._slopes,
-            window=self._window,
+            heads.scale,
+            alibi_slopes=heads.slopes,
+            window=heads.window,
         )
         return out

@@ -141,10 +141,12 @@ def rope_store(
     return q.to(qkv.dtype)
 
 
-def _visible(q_len: int, kv_len: int, window: int, causal: bool) -> tuple[Tensor, Tensor]:
+def _visible(
+    q_len: int, kv_len: int, window: int, causal: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Which keys each query sees, and each key's position relative to the query's."""
-    query = torch.arange(kv_len - q_len, kv_len)[:, None]
-    distance = torch.arange(kv_len)[None, :] - query
+    query = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
+    distance = torch.arange(kv_len, device=device)[None, :] - query
     visible = distance <= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window:
         visible = visible & (distance > -window)
@@ -190,29 +192,63 @@ def attention(
     Raises:
         IndexError: a slot or length lies outside the tensors.
     """
-    tokens, heads, _ = q.shape
+    tokens = len(q)
     out = torch.zeros_like(q)
-    group = heads // k_cache.shape[1]
     starts = q_start.tolist()
     for s, (slot, length) in enumerate(zip(slots.tolist(), kv_len.tolist(), strict=True)):
         rows = slice(starts[s], starts[s + 1])
-        q_len = rows.stop - rows.start
-        if q_len == 0 or length == 0:
+        if rows.start == rows.stop or length == 0:
             continue
-        keys = k_cache[slot, :, :length].float().repeat_interleave(group, 0)
-        values = v_cache[slot, :, :length].float().repeat_interleave(group, 0)
-        scores = q[rows].float().transpose(0, 1) @ keys.transpose(1, 2) * scale
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        visible, distance = _visible(q_len, length, window, causal)
-        if alibi_slopes is not None:
-            scores = scores + alibi_slopes[:, None, None] * distance
-        if bias is not None:
-            middle = bias.shape[1] // 2
-            scores = scores + bias[:, distance.clamp(-middle, middle) + middle]
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        out[rows] = (weights @ values).transpose(0, 1).to(q.dtype)
+        keys, values = k_cache[slot, :, :length], v_cache[slot, :, :length]
+        out[rows] = attend(
+            q[rows],
+            keys,
+            values,
+            scale,
+            alibi_slopes=alibi_slopes,
+            window=window,
+            bias=bias,
+            softcap=softcap,
+            causal=causal,
+        )
     return out.view(tokens, -1)
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    *,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    causal: bool = True,
+) -> Tensor:
+    """`attention` of one sequence, on any device and without waiting for it.
+
+    Args:
+        q: [n, H, D], its new tokens.
+        keys, values: [Hkv, its tokens, D].
+
+    Returns:
+        [n, H, D], of q's type.
+    """
+    group = q.shape[1] // len(keys)
+    keys = keys.float().repeat_interleave(group, 0)
+    values = values.float().repeat_interleave(group, 0)
+    scores = q.float().transpose(0, 1) @ keys.transpose(1, 2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    visible, distance = _visible(len(q), keys.shape[1], window, causal, q.device)
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes[:, None, None] * distance
+    if bias is not None:
+        middle = bias.shape[1] // 2
+        scores = scores + bias[:, distance.clamp(-middle, middle) + middle]
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return (weights @ values).transpose(0, 1).to(q.dtype)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
