@@ -123,12 +123,17 @@ def ask_for_stacks(pid: int) -> None:
         os.kill(pid, signal.SIGCONT)  # a stopped process handles no signal
 
 
+def die_with_parent() -> None:
+    """From now on this process is killed when the thread that has started it is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def open_child() -> tuple[Channel[ToChild], Boot]:
     """In a child: the channel given as file descriptor in `sys.argv[1]`, and its first message.
 
     Exits if the supervisor is gone already.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     faulthandler.register(_STACKS_SIGNAL, all_threads=True)
     channel: Channel[ToChild] = Channel(socket.socket(fileno=int(sys.argv[1])), ToChild)
     while (messages := channel.receive()) is not None:

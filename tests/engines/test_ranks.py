@@ -204,7 +204,7 @@ def test_a_rank_that_fails_in_a_step(
     engines = split(llama, two)
     expected = forward(engines, two, PLAN)
 
-    block = engines[failing]._decoder._blocks[1]  # type: ignore[attr-defined]
+    block = engines[failing]._decoder.blocks[1]  # type: ignore[attr-defined]
     compute = Block.mlp
 
     def mlp(self: Block, x: Tensor, *lora: Any) -> Tensor:

@@ -6,7 +6,6 @@ residual stream is added by the norm that reads the stream next, in one pass.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 
 import torch
@@ -21,23 +20,46 @@ from tgis.models.inputs import Splice, StepInputs, splice
 from tgis.models.kv_cache import LayerCache, RowsCache
 from tgis.models.lora import Adaptable
 from tgis.models.parallel import VocabularyTable
-from tgis.models.spec import DecoderSpec, Learned, Topology
+from tgis.models.spec import DecoderSpec, Learned, Norm, Topology
 from tgis.models.weights import NormWeights, Weights
 
 Step = Callable[[StepInputs, Sequence[Splice]], Tensor]
-Norm = Callable[[Tensor, Tensor | None], Tensor]
-"""(stream, addition) -> norm of stream + addition, which the stream becomes (if it is not None)."""
+Network = Callable[[Tensor, StepInputs, RowsCache], Tensor]
+"""(embeddings [T, hidden], ...) -> [N, this rank's vocabulary rows]: blocks and head."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidualNorm:
+    """(stream, addition) -> norm of stream + addition, which the stream becomes, if it is not None.
+
+    Args:
+        ops: has the operators.
+    """
+
+    ops: ModuleType
+    norm: Norm
+    weights: NormWeights
+
+    def __call__(self, stream: Tensor, addition: Tensor | None) -> Tensor:
+        """[T, hidden], which may change, -> [T, hidden]."""
+        x, residual = (stream, None) if addition is None else (addition, stream)
+        weights, eps = self.weights, self.norm.eps
+        if self.norm.kind == "rms":
+            y: Tensor = self.ops.rms_norm(x, weights.weight, eps, residual)
+        else:
+            y = self.ops.layer_norm(x, weights.weight, weights.bias, eps, residual)
+        return y
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
     """One layer's parameters on this rank."""
 
-    attention_norm: Norm
+    attention_norm: ResidualNorm
     qkv: Adaptable
     attention: RowsAttention
     attention_out: Adaptable
-    mlp_norm: Norm | None
+    mlp_norm: ResidualNorm | None
     mlp_in: Adaptable
     activation: Callable[[Tensor], Tensor]
     mlp_out: Adaptable
@@ -73,20 +95,22 @@ class Decoder:
         self.dtype = dtype
         self.group = group
         ops = operators(dtype)
-        self._head = weights.head()  # first: the largest, while memory is free
+        self.head = weights.head()  # first: the largest, while memory is free
         embedding = weights.embedding()
         self._embedding = VocabularyTable(embedding, group.shard, spec.vocab_size, dtype)
         self._positions = weights.positions()
         self._embedding_norm = None
         if spec.embedding_norm and names.embedding_norm is not None:
-            self._embedding_norm = _norm(ops, spec, weights.outer_norm(names.embedding_norm))
-        self._blocks = [
+            self._embedding_norm = ResidualNorm(
+                ops, spec.norm, weights.outer_norm(names.embedding_norm)
+            )
+        self.blocks = [
             _load_block(spec, names, weights, group, layer, dtype)
             for layer in range(spec.num_layers)
         ]
         self._run_block = TOPOLOGIES[spec.topology]
         self.lora = weights.lora
-        self._final_norm = _norm(ops, spec, weights.outer_norm(names.final_norm))
+        self.final_norm = ResidualNorm(ops, spec.norm, weights.outer_norm(names.final_norm))
         weights.finish()
 
     def forward(
@@ -103,18 +127,26 @@ class Decoder:
         """
         return self._whole(self._network(self._embed(inputs, splices), inputs, cache))
 
-    def bind(self, cache: RowsCache) -> Step:
+    def bind(self, cache: RowsCache, network: Network | None = None) -> Step:
         """`forward` on this cache, with its decoding steps recorded and replayed.
 
         A result is valid until the next call.
+
+        Args:
+            network: computes blocks and head instead, in every step; see `compiled`.
         """
+        if network is not None:
+            run = network
+            return lambda inputs, splices: self._whole(
+                run(self._embed(inputs, splices), inputs, cache)
+            )
         if self.group.shard.world_size > 1:  # what ranks exchange cannot be recorded
             return lambda inputs, splices: self.forward(inputs, cache, splices)
 
-        def network(stream: Tensor, *tensors: Tensor | None) -> Tensor:
+        def called(stream: Tensor, *tensors: Tensor | None) -> Tensor:
             return self._network(stream, StepInputs(*tensors), cache)  # type: ignore[arg-type]
 
-        replayed = kernels.replayed(network)
+        replayed = kernels.replayed(called)
 
         def step(inputs: StepInputs, splices: Sequence[Splice]) -> Tensor:
             if not inputs.is_repeatable:
@@ -151,7 +183,7 @@ class Decoder:
     def _network(self, stream: Tensor, inputs: StepInputs, cache: RowsCache) -> Tensor:
         """The blocks and the head, [T, hidden] -> [N, this rank's vocabulary rows]."""
         addition: Tensor | None = None
-        for block, layer_cache in zip(self._blocks, cache.layers, strict=True):
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             addition = self._run_block(block, stream, addition, layer_cache, inputs)
         index, lora = inputs.logits_index, inputs.lora
         if len(index) < len(stream):
@@ -160,7 +192,7 @@ class Decoder:
             addition = None if addition is None else addition.index_select(0, index)
         if not len(index):
             return torch.empty(0, self._embedding.num_rows)
-        return self._head(self._final_norm(stream, addition), lora)
+        return self.head(self.final_norm(stream, addition), lora)
 
     def _whole(self, logits: Tensor) -> Tensor:
         """The logits of all ranks."""
@@ -215,9 +247,11 @@ def _load_block(
     q_norm, k_norm = (weights.head_norm(layer, name) for name in (names.q_norm, names.k_norm))
     mlp_norm = None
     if names.mlp_norm is not None:
-        mlp_norm = _norm(ops, spec, weights.block_norm(layer, names.mlp_norm))
+        mlp_norm = ResidualNorm(ops, spec.norm, weights.block_norm(layer, names.mlp_norm))
     return Block(
-        attention_norm=_norm(ops, spec, weights.block_norm(layer, names.attention_norm)),
+        attention_norm=ResidualNorm(
+            ops, spec.norm, weights.block_norm(layer, names.attention_norm)
+        ),
         qkv=weights.qkv(layer),
         attention=RowsAttention(spec, group.shard, layer, dtype, q_norm, k_norm),
         attention_out=weights.attention_out(layer),
@@ -228,20 +262,6 @@ def _load_block(
         multiplier=spec.residual_multiplier,
         complete=group.sum_,
     )
-
-
-def _norm(ops: ModuleType, spec: DecoderSpec, weights: NormWeights) -> Norm:
-    """The family's norm with these weights."""
-    if spec.norm.kind == "rms":
-        operator = partial(ops.rms_norm, weight=weights.weight, eps=spec.norm.eps)
-    else:
-        operator = partial(ops.layer_norm, **weights._asdict(), eps=spec.norm.eps)
-
-    def norm(stream: Tensor, addition: Tensor | None) -> Tensor:
-        y: Tensor = operator(stream) if addition is None else operator(addition, residual=stream)
-        return y
-
-    return norm
 
 
 def _activation(ops: ModuleType, spec: DecoderSpec) -> Callable[[Tensor], Tensor]:

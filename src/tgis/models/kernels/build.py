@@ -57,14 +57,19 @@ TARGETS = [
 ]
 
 
-def cpu_target() -> Target:
-    """The best target that this CPU runs."""
+def cpu_flags() -> list[str]:
+    """What this CPU can do, in the words of `/proc/cpuinfo`."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         cpuinfo = ""
     lines = (line.partition(":")[2].split() for line in cpuinfo.splitlines() if "flags" in line)
-    flags = frozenset(next(lines, []))
+    return next(lines, [])
+
+
+def cpu_target() -> Target:
+    """The best target that this CPU runs."""
+    flags = frozenset(cpu_flags())
     return next(target for target in TARGETS if target.cpu_flags <= flags)
 
 

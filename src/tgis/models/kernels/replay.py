@@ -112,6 +112,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     foreign: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Without this PyTorch imports its compiler, for seconds, to keep it off this class."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,
