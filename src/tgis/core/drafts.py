@@ -3,7 +3,8 @@
 What a text has said before it often says again: names, quotations, code, the input that a summary
 or a correction repeats. The tokens behind the longest earlier occurrence of a sequence's last few
 tokens are its draft. Occurrences are found as LZ77 compressors find theirs: a table of the last
-place of every run of `RUN` tokens, and for every place the one before it with an equal run.
+place of every run of `RUN` tokens, and for every place the one before it with an equal run. Where
+a copy differs in a token, it is followed for a little while as if it went on behind that token.
 """
 
 from array import array
@@ -33,12 +34,14 @@ class Drafter(Protocol):
 class Occurrences:
     """Where runs of tokens have occurred in one growing sequence."""
 
-    __slots__ = ("_before", "_last", "_num")
+    __slots__ = ("_before", "_distance", "_last", "_num", "_trusted")
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, ...], int] = {}  # run -> where it ended last
         self._before = array("i")  # for each end: where the same run had ended before, or -1
         self._num = 0
+        self._distance = 0  # from the copy that was found last to the end, ...
+        self._trusted = 0  # ... and the length up to which it is followed
 
     def extend(self, ids: Ids[int], skip: int = 0) -> None:
         """Take in the tokens that `ids` has more than last time.
@@ -61,9 +64,9 @@ class Occurrences:
         self._num = max(self._num, len(ids))
 
     def find(self, ids: Ids[int]) -> int:
-        """The end of the earlier run most like the last tokens, -1 if there is none.
+        """Where what follows the last tokens has perhaps stood before, -1 if nowhere.
 
-        Of equally good ones it is the latest.
+        Behind the longest equal run, of equally long ones the latest.
         """
         end = len(ids)
         best, longest = -1, 0
@@ -77,6 +80,10 @@ class Occurrences:
             if length > longest:
                 best, longest = place, length
             place = self._before[place]
+        if best >= 0:
+            self._distance, self._trusted = end - best, end + _LONGEST
+        elif self._distance and end <= self._trusted:
+            best = end - self._distance
         return best
 
 

@@ -21,7 +21,7 @@ from tgis.wire import DraftCounts
 
 REPAYMENT = 0.02  # of each token's time: what drafts that are always wrong cost at most
 _CREDIT = 1.0  # tokens' time that one who has earned more may lose at once
-_LEAST_COST = 0.02  # of an attempt, whatever was measured
+_LEAST_COST = 0.1  # of an attempt, which is more than a step in isolation shows
 _FIRST, _LEAST = 4, 2  # drafts of the first attempt, and after failures
 
 
