@@ -15,9 +15,10 @@ from tests.engines.hf_models import CONFIGS, save_model
 from tests.engines.onnx_files import CONFIGS as TINY
 from tests.engines.onnx_files import export, joining_and_leaving, load
 
-from tgis.engines import onnx_export, ort
+from tgis.engines import onnx_export
 from tgis.engines.onnx_export import Options
 from tgis.errors import ConfigError, ModelError
+from tgis.hub import onnx_files
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("single_thread")]
 FAMILIES = ("gpt2", "opt", "bloom", "gemma2", "bart")
@@ -133,8 +134,8 @@ def test_the_command_with_all_its_options(tmp_path: Path) -> None:
         "config.json",
         "generation_config.json",
         "tokenizer.json",
-        ort.ENCODER,
-        ort.MERGED,
+        onnx_files.ENCODER,
+        onnx_files.MERGED,
     }
     joining_and_leaving(model, load(tmp_path / "onnx"))
 
@@ -146,6 +147,6 @@ def test_weights_beyond_a_file_lie_beside_it(
     monkeypatch.setattr(onnx_export, "_MOST_INSIDE", 1000)
     model = save_model(tmp_path / "model", TINY["llama"])
     export(tmp_path / "model", tmp_path / "onnx", Options(optimize=True, merge_graphs=True))
-    assert (tmp_path / "onnx" / f"{ort.SINGLE}_data").stat().st_size > 30_000
-    assert (tmp_path / "onnx" / ort.SINGLE).stat().st_size < 130_000
+    assert (tmp_path / "onnx" / f"{onnx_files.SINGLE}_data").stat().st_size > 30_000
+    assert (tmp_path / "onnx" / onnx_files.SINGLE).stat().st_size < 130_000
     joining_and_leaving(model, load(tmp_path / "onnx"))

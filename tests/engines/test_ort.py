@@ -26,6 +26,7 @@ from tgis.engines.onnx_merge import merge_decoders
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.engines.registry import load_engine
 from tgis.errors import ConfigError, ModelError
+from tgis.hub import onnx_files
 from tgis.hub.resolve import resolve
 from tgis.models.collectives import Group
 
@@ -144,15 +145,17 @@ def test_decoders_in_two_files_and_merged(llama: Exported, tmp_path: Path) -> No
     """The layouts of older Optimum."""
     two = tmp_path / "two"
     shutil.copytree(llama.path, two)
-    shutil.copy(two / ort.SINGLE, two / ort.FIRST)
-    (two / ort.SINGLE).rename(two / ort.LATER)
+    shutil.copy(two / onnx_files.SINGLE, two / onnx_files.FIRST)
+    (two / onnx_files.SINGLE).rename(two / onnx_files.LATER)
     joining_and_leaving(llama.model, load(two))
-    merged = merge_decoders(onnx_ir.load(two / ort.FIRST), onnx_ir.load(two / ort.LATER))
-    onnx_ir.save(merged, two / ort.MERGED)
-    size = (two / ort.LATER).stat().st_size
-    assert (two / ort.MERGED).stat().st_size < 1.6 * size, "weights are there once"
-    (two / ort.FIRST).unlink()
-    (two / ort.LATER).unlink()
+    merged = merge_decoders(
+        onnx_ir.load(two / onnx_files.FIRST), onnx_ir.load(two / onnx_files.LATER)
+    )
+    onnx_ir.save(merged, two / onnx_files.MERGED)
+    size = (two / onnx_files.LATER).stat().st_size
+    assert (two / onnx_files.MERGED).stat().st_size < 1.6 * size, "weights are there once"
+    (two / onnx_files.FIRST).unlink()
+    (two / onnx_files.LATER).unlink()
     joining_and_leaving(llama.model, load(two))
 
 
@@ -181,7 +184,7 @@ def test_half_precision_files(llama: Exported, tmp_path: Path) -> None:
                 value.dtype = onnx_ir.DataType.FLOAT
                 graph.graph.outputs[graph.graph.outputs.index(value)] = cast.outputs[0]
 
-    engine = load(changed(llama.path, tmp_path / "half", ort.SINGLE, halve))
+    engine = load(changed(llama.path, tmp_path / "half", onnx_files.SINGLE, halve))
     assert engine.caps.dtype == "float16"
     assert engine.caps.kv_bytes_per_token == 2 * 2 * 2 * 8 * 2
     sequences = Sequences(engine, False)
@@ -223,7 +226,7 @@ def open_heads(graph: Any) -> None:
     ],
 )
 def test_files_of_another_layout(llama: Exported, tmp_path: Path, change: Any, text: str) -> None:
-    path = changed(llama.path, tmp_path / "changed", ort.SINGLE, change)
+    path = changed(llama.path, tmp_path / "changed", onnx_files.SINGLE, change)
     with pytest.raises(ModelError, match=text) as refused:
         load(path)
     assert str(refused.value).startswith(f"Model {path}: ")
@@ -234,23 +237,30 @@ def test_files_of_another_layout(llama: Exported, tmp_path: Path, change: Any, t
 def test_truncated_files(llama: Exported, tmp_path: Path, part: float) -> None:
     path = tmp_path / "cut"
     shutil.copytree(llama.path, path)
-    content = (path / ort.SINGLE).read_bytes()
-    (path / ort.SINGLE).write_bytes(content[: int(part * len(content))])
+    content = (path / onnx_files.SINGLE).read_bytes()
+    (path / onnx_files.SINGLE).write_bytes(content[: int(part * len(content))])
     with pytest.raises(ModelError, match=r"model.onnx: ONNX Runtime \S+ cannot load it: ") as cut:
         load(path)
     assert "\n" not in str(cut.value)
 
 
 def test_missing_files_name_the_command(tmp_path: Path) -> None:
-    save_model(tmp_path / "part", CONFIGS["t5"])
-    (tmp_path / "part" / ort.MERGED).touch()
-    text = rf"expected encoder_model.onnx and .* \(only {ort.MERGED}\); make them with"
-    with pytest.raises(ModelError, match=text):
-        load(tmp_path / "part")
     save_model(tmp_path / "plain", CONFIGS["llama"])
-    text = "no ONNX files .* `text-generation-server convert-to-onnx .*plain TARGET`"
+    text = "no ONNX files .*model.onnx.* `text-generation-server convert-to-onnx .*plain TARGET`"
     with pytest.raises(ModelError, match=text):
         load(tmp_path / "plain")
+
+
+def test_files_in_a_folder_of_their_own(llama: Exported, tmp_path: Path) -> None:
+    """As on the Hub, with variants beside the plain file."""
+    path = tmp_path / "hub"
+    shutil.copytree(llama.path, path)
+    (path / "onnx").mkdir()
+    (path / onnx_files.SINGLE).rename(path / "onnx" / onnx_files.SINGLE)
+    (path / "onnx" / "model_quantized.onnx").write_bytes(b"not to be opened")
+    joining_and_leaving(llama.model, load(path))
+    (path / "onnx" / onnx_files.SINGLE).rename(path / "onnx" / "model_quantized.onnx")
+    joining_and_leaving(llama.model, load(path))
 
 
 def test_without_the_library(llama: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

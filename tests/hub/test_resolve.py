@@ -212,12 +212,16 @@ def test_a_git_lfs_pointer_is_no_weight_file(tmp_path):
 
 
 def test_onnx_weights_for_the_onnx_engine_alone(tmp_path):
-    path = write_model(tmp_path / "m", weights=("decoder.onnx",))
-    assert found(path, DEPLOYMENT_FRAMEWORK="hf_optimum_ort").weights == ("decoder.onnx",)
+    path = write_model(tmp_path / "m", weights=("model.onnx",))
+    assert found(path, DEPLOYMENT_FRAMEWORK="hf_optimum_ort").weights == ("model.onnx",)
     assert "Weights not found" in refusal(path)
-    (path / "decoder.onnx_data").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
-    with pytest.raises(ModelError, match=r"decoder.onnx_data is a Git LFS pointer"):
+    (path / "model.onnx_data").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    with pytest.raises(ModelError, match=r"model.onnx_data is a Git LFS pointer"):
         found(path, DEPLOYMENT_FRAMEWORK="hf_optimum_ort")
+    with pytest.raises(ModelError, match=r"expected encoder_model.onnx and .*only model.onnx"):
+        found(
+            write_model(path, FACTS | {"model_type": "t5"}), DEPLOYMENT_FRAMEWORK="hf_optimum_ort"
+        )
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tgis.engines.onnx_parts import Part, parts_of
 from tgis.engines.ort_graph import first_line, require_onnxruntime, session_options
 from tgis.engines.probe import choose_batching, trial
 from tgis.errors import ConfigError, ModelError
+from tgis.hub import onnx_files
 from tgis.hub.resolve import resolve
 from tgis.types import ModelFiles, ModelKind
 
@@ -130,13 +131,15 @@ def _write(
             graphs[part.file] = _trace(part)
     except ModelError as error:
         raise ModelError(f"Model {files.name} cannot be exported: {error}") from None
-    if options.merge_graphs and ort.FIRST in graphs:
-        report(f"Merging {ort.FIRST} and {ort.LATER}")
+    if options.merge_graphs and onnx_files.FIRST in graphs:
+        report(f"Merging {onnx_files.FIRST} and {onnx_files.LATER}")
         from tgis.engines.onnx_merge import merge_decoders
 
-        graphs[ort.MERGED] = merge_decoders(graphs.pop(ort.FIRST), graphs.pop(ort.LATER))
+        graphs[onnx_files.MERGED] = merge_decoders(
+            graphs.pop(onnx_files.FIRST), graphs.pop(onnx_files.LATER)
+        )
     elif options.merge_graphs:
-        report(f"{ort.SINGLE} is one graph for all passes already")
+        report(f"{onnx_files.SINGLE} is one graph for all passes already")
     for name, graph in graphs.items():
         _save(graph, made / name)
         if options.optimize:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from tgis.engines import ort
 from tgis.errors import ModelError
+from tgis.hub import onnx_files
 
 # Sizes of the examples that graphs are traced with; all differ and none is 0 or 1, so that none is
 # taken for another, or for a constant.
@@ -78,7 +79,7 @@ def parts_of(model: Any) -> list[Part]:
     names = _cache_names(len(layers))
     return [
         Part(
-            ort.SINGLE,
+            onnx_files.SINGLE,
             decoder,
             {**examples, "past": _past(layers, _PAST)},
             {**axes, "past": [_OWN_CACHE] * len(names)},
@@ -136,7 +137,7 @@ def _encoder_decoder(model: Any) -> list[Part]:
     read_axes = {"encoder_attention_mask": _READ, "input_ids": _IDS, "encoder_hidden_states": _READ}
     presents = [ort.PRESENT + name for name in own_names]
     encoder = Part(
-        ort.ENCODER,
+        onnx_files.ENCODER,
         _Encoder(model),
         {"input_ids": _ids(_ENCODED), "attention_mask": _ids(_ENCODED)},
         {"input_ids": _READ, "attention_mask": _READ},
@@ -144,7 +145,7 @@ def _encoder_decoder(model: Any) -> list[Part]:
         ["last_hidden_state"],
     )
     first = Part(
-        ort.FIRST,
+        onnx_files.FIRST,
         _FirstPass(model),
         {**read, "attention_mask": _ids(_COLUMNS)},
         {**read_axes, "attention_mask": _IDS},
@@ -153,7 +154,7 @@ def _encoder_decoder(model: Any) -> list[Part]:
     )
     del read["encoder_hidden_states"], read_axes["encoder_hidden_states"]
     later = Part(
-        ort.LATER,
+        onnx_files.LATER,
         _LaterPass(model, hidden.shape[-1]),
         {
             **read,

@@ -1,8 +1,7 @@
-"""The ONNX Runtime engine: models as Optimum lays them out in `.onnx` files.
+"""The ONNX Runtime engine: models as Optimum lays them out in `.onnx` files (`hub.onnx_files`).
 
-A decoder is one graph (`model.onnx`, or a merged one that is told whether it has a cache), or two:
-one for the first pass and one for all others. An encoder is a graph of its own. Keys and values
-travel through inputs `past_key_values.N[.decoder|.encoder].key` and outputs `present...`.
+Keys and values travel through inputs `past_key_values.N[.decoder|.encoder].key` and outputs
+`present...`.
 """
 
 import logging
@@ -21,23 +20,13 @@ from tgis.engines.ort_graph import Graph, Port, require_onnxruntime
 from tgis.engines.padded import Inputs, PaddedEngine, merge_rows
 from tgis.engines.probe import choose_batching
 from tgis.errors import ModelError
+from tgis.hub.onnx_files import expected, find_graphs
 from tgis.hub.safetensors import Progress
 from tgis.types import ModelFiles, ModelKind
 
 log = logging.getLogger(__name__)
 
 NAME = "hf_optimum_ort"
-SINGLE = "model.onnx"
-ENCODER = "encoder_model.onnx"
-FIRST = "decoder_model.onnx"
-LATER = "decoder_with_past_model.onnx"
-MERGED = "decoder_model_merged.onnx"
-# (first pass, all others), the preferred ones first.
-_DECODERS = ((MERGED, MERGED), (FIRST, LATER))
-_LAYOUTS: dict[ModelKind, tuple[tuple[str, str], ...]] = {
-    ModelKind.DECODER_ONLY: ((SINGLE, SINGLE), *_DECODERS),
-    ModelKind.ENCODER_DECODER: _DECODERS,
-}
 PAST = "past_key_values."
 PRESENT = "present."
 _CACHE = re.compile(
@@ -119,35 +108,26 @@ def load_graphs(files: ModelFiles, progress: Progress | None = None) -> Graphs:
     """Open the files that the model's kind needs.
 
     Raises:
-        ModelError: one is missing or broken.
+        ModelError: one is missing or broken, or there are several to choose from.
     """
     path = Path(files.path)
-    there = {file.name for file in path.glob("*.onnx")}
-    is_seq2seq = files.kind is ModelKind.ENCODER_DECODER
-    layouts = _LAYOUTS[files.kind]
-    decoder = next((names for names in layouts if there >= set(names)), None)
-    if decoder is None or (is_seq2seq and ENCODER not in there):
-        raise ModelError(_missing(files, there, is_seq2seq))
-    names = [*([ENCODER] if is_seq2seq else []), *dict.fromkeys(decoder)]
-    total = sum((path / name).stat().st_size for name in names)
+    graphs = find_graphs(path, files.kind)
+    if graphs is None:
+        raise ModelError(
+            f"no ONNX files in {path} or its onnx/: expected {expected(files.kind)}; make them with"
+            f" `text-generation-server convert-to-onnx {files.name} TARGET` and serve TARGET"
+        )
+    log.info("serving %s", ", ".join(graphs.names))
+    total = sum((path / name).stat().st_size for name in graphs.names)
     opened: dict[str, Graph] = {}
     done = 0
-    for name in names:
+    for name in graphs.names:
         opened[name] = Graph(path / name, torch.get_num_threads())
         done += (path / name).stat().st_size
         if progress is not None:
             progress(done, total)
-    return Graphs(opened.get(ENCODER), opened[decoder[0]], opened[decoder[1]])
-
-
-def _missing(files: ModelFiles, there: Iterable[str], is_seq2seq: bool) -> str:
-    options = [" and ".join(dict.fromkeys(names)) for names in _LAYOUTS[files.kind]]
-    wanted = f"{ENCODER} and " * is_seq2seq + " or ".join(options)
-    found = f" (only {', '.join(sorted(there))})" if there else ""
-    return (
-        f"no ONNX files that {NAME} can serve: expected {wanted} in {files.path}{found}; make them"
-        f" with `text-generation-server convert-to-onnx {files.name} TARGET` and serve TARGET"
-    )
+    encoder = None if graphs.encoder is None else opened[graphs.encoder]
+    return Graphs(encoder, opened[graphs.first], opened[graphs.later])
 
 
 class OrtNetwork:

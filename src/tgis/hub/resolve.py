@@ -4,6 +4,7 @@ TGIS operations §5. Only small JSON files are read; nothing heavy is imported.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from tgis import demo
 from tgis.config import Config
 from tgis.errors import ModelError
 from tgis.hub.facts import read_facts
-from tgis.types import ModelFiles
+from tgis.hub.onnx_files import find_graphs, with_weights
+from tgis.types import ModelFiles, ModelKind
 
 _LFS_POINTER = b"version https://git-lfs"
-_ONNX = (".onnx", ".onnx_data", ".onnx.data")  # graphs, and weights too large for them
 _INDEX = "model.safetensors.index.json"
 
 
@@ -33,7 +34,10 @@ def resolve(config: Config) -> ModelFiles:
         path = locate(name, config.revision, config.hf_hub_cache)
     values = read_json(path / "config.json", name)
     facts = read_facts(values, path, name)
-    weights = _weights(path, name, onnx=config.deployment_framework == "hf_optimum_ort")
+    for_onnx = config.deployment_framework == "hf_optimum_ort"
+    graphs = _graphs(path, name, facts["kind"]) if for_onnx else ()
+    weights = graphs or _weights(path, name)
+    _check_fetched(path, name, weights)
     return ModelFiles(name=name, path=str(path), weights=weights, config=values, **facts)
 
 
@@ -120,28 +124,36 @@ def _directory(name: str) -> Path | None:
     return path.absolute() if path.is_dir() else None
 
 
-def _weights(path: Path, name: str, *, onnx: bool) -> tuple[str, ...]:
+def _graphs(path: Path, name: str, kind: ModelKind) -> tuple[str, ...]:
+    """The names of ONNX files; none if there are none, which the engine may make."""
+    try:
+        graphs = find_graphs(path, kind)
+    except ModelError as error:
+        raise ModelError(f"Model {name}: {error}") from None
+    return tuple(with_weights(path, graphs)) if graphs else ()
+
+
+def _weights(path: Path, name: str) -> tuple[str, ...]:
     """The names of the weight files.
 
     Raises:
-        ModelError: there are none, one is missing or only stands in for the real file.
+        ModelError: there are none, or one is missing.
     """
-    suffixes = _ONNX if onnx else (".safetensors",)
-    names = sorted(file.name for suffix in suffixes for file in path.glob(f"*{suffix}"))
-    if not names and onnx:
-        names = sorted(file.name for file in path.glob("*.safetensors"))
+    names = sorted(file.name for file in path.glob("*.safetensors"))
     if not names:
         _no_weights(path, name)
-    if not onnx and (path / _INDEX).is_file():
-        names = _indexed(path, name)
-    for file in names:
+    return tuple(_indexed(path, name) if (path / _INDEX).is_file() else names)
+
+
+def _check_fetched(path: Path, name: str, files: Iterable[str]) -> None:
+    """Raise ModelError if a file only stands in for the real one."""
+    for file in files:
         with (path / file).open("rb") as stream:
             if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise ModelError(
                     f"Model {name}: {path / file} is a Git LFS pointer, not the weights; fetch"
                     " them with `git lfs pull`"
                 )
-    return tuple(names)
 
 
 def _indexed(path: Path, name: str) -> list[str]:
