@@ -1,7 +1,7 @@
 """The core loop on a real socket, with the fake engine and the real sampler, driven by hand."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,10 @@ from tgis.core.kv.rows import RowsMemory
 from tgis.core.link import FrontLink
 from tgis.core.loop import Core
 from tgis.core.scheduler import Scheduler
+from tgis.core.speculation import NO_SPECULATION, Speculation
 from tgis.engines.base import CacheShape, Engine
 from tgis.sampling.sampler import Sampler
-from tgis.types import FinishReason
+from tgis.types import FinishReason, TokenDetails
 from tgis.wire import Decoder, Failed, Found, Gauges, NotFound, Out, ToCore, ToFront, encode
 
 SLOTS = 4
@@ -37,6 +38,7 @@ class Front:
         self.sock.settimeout(10)
         self._decoder: Decoder[ToFront] = Decoder(ToFront)
         self.tokens: dict[int, list[int]] = {}
+        self.details: dict[int, list[TokenDetails | None]] = {}
         self.finish: dict[int, FinishReason] = {}
         self.failed: dict[int, Failed] = {}
         self.outs: list[Out] = []
@@ -69,6 +71,7 @@ class Front:
             assert token.seq_id not in self.finish, "a token after the end"
             if token.token_id >= 0:
                 self.tokens.setdefault(token.seq_id, []).append(token.token_id)
+                self.details.setdefault(token.seq_id, []).append(token.details)
             if token.finish is not FinishReason.NOT_FINISHED:
                 self.finish[token.seq_id] = token.finish
 
@@ -117,6 +120,8 @@ def open_house(
     engine: Engine | None = None,
     caching: bool = True,
     make_adapters: Callable[[Engine, FrontLink], Adapters] | None = None,
+    speculation: Speculation = NO_SPECULATION,
+    eos: Sequence[int] = (),
 ) -> Iterator[House]:
     """A core and no front yet; an engine of one's own must have its cache allocated."""
     path = directory / "core.sock"
@@ -130,13 +135,22 @@ def open_house(
         PagedBudget(tokens, horizon=16),
         max_step_tokens=budget,
         max_running=slots,
-        eos_token_ids=[],
+        eos_token_ids=eos,
     )
     now = [0.0]
-    sampler = Sampler(engine.caps.vocab_size, ())
+    sampler = Sampler(engine.caps.vocab_size, tuple(eos))
     adapters = make_adapters(engine, link) if make_adapters else None
     clock = lambda: now[0]  # noqa: E731
-    core = Core(engine, sampler, scheduler, link, Pulse(), clock=clock, adapters=adapters)
+    core = Core(
+        engine,
+        sampler,
+        scheduler,
+        link,
+        Pulse(),
+        clock=clock,
+        adapters=adapters,
+        speculation=speculation,
+    )
     house = House(path, link, core, fake, scheduler, memory, now)
     try:
         yield house

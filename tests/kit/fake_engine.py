@@ -110,6 +110,7 @@ class FakeEngine:
             dtype="float32",
             kv_granule=block_tokens or 1,
             soft_prompt_size=1,
+            verifies_drafts=kv_layout != "padded",
         )
         self.attached: dict[int, SoftPrompt] = {}
         self.before_forward = before_forward

@@ -21,7 +21,7 @@ from tgis.wire import DraftCounts
 
 REPAYMENT = 0.02  # of each token's time: what drafts that are always wrong cost at most
 _CREDIT = 1.0  # tokens' time that one who has earned more may lose at once
-_LEAST_COST = 0.1  # of an attempt, which is more than a step in isolation shows
+_OVERHEAD = 0.1  # of a step, if there are drafts in it at all: more than steps in isolation show
 _FIRST, _LEAST = 4, 2  # drafts of the first attempt, and after failures
 
 
@@ -97,7 +97,8 @@ class _Price:
         now = self._plan.num_tokens
         longer = self._costs.of(now + num_drafts) - self._costs.of(now)
         seconds = longer + self._share * self._drafter.seconds(num_drafts)
-        return self._waiting * seconds / self._base if self._base else 0.0
+        relative = seconds / self._base if self._base else 0.0
+        return self._waiting * (relative + self._share * _OVERHEAD)
 
 
 class Speculation:
@@ -140,7 +141,7 @@ class Speculation:
         for (row, seq, _), draft in zip(asking, drafts, strict=True):
             del draft[room.room_for_drafts(seq, plan, len(draft)) :]
             if draft:
-                self._costs_now[seq.uid] = max(price.of(len(draft)), _LEAST_COST)
+                self._costs_now[seq.uid] = price.of(len(draft))
                 row.token_ids += draft
                 row.num_drafts, row.want = len(draft), Want.ALL
 
@@ -150,7 +151,7 @@ class Speculation:
         self._counts.num_drafted += num_drafted
         self._counts.num_accepted += num_accepted
         if (account := self._accounts.get(seq.uid)) is not None:
-            account.note(num_drafted, num_accepted, self._costs_now.get(seq.uid, _LEAST_COST))
+            account.note(num_drafted, num_accepted, self._costs_now.get(seq.uid, 0.0))
 
     def forget(self, uid: int) -> None:
         """This sequence has ended."""
