@@ -7,7 +7,7 @@ from torch.nn import functional
 from tgis.models.kernels import linear
 
 ROWS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 50, 64, 65, 130, 600]
-SHAPES = [(64, 64), (192, 256), (128, 1024), (100, 64), (65, 128), (64, 40), (17, 9)]
+SHAPES = [(64, 64), (192, 256), (1088, 64), (128, 1024), (100, 64), (65, 128), (64, 40), (17, 9)]
 
 
 def make(shape, rows, generator):

@@ -15,8 +15,12 @@ from torch.nn import functional
 
 from tgis.models import kernels
 
-MANY_ROWS = 256
-"""Above so many rows of bfloat16 oneDNN's product of wide layers is the faster one."""
+MANY_ROWS = 128
+"""Above so many rows of bfloat16 oneDNN's product is the faster one ..."""
+
+_NARROW_ROWS, _NARROW = 256, 1024
+"""... but not of more rows than these with a layer of at most so many output features, which oneDNN
+divides badly between its threads."""
 
 _PACK_ROWS = 128  # the hint that makes oneDNN pack bfloat16 in blocks of 32 output features
 
@@ -48,8 +52,15 @@ def bf16_linear(
 
     if ours is None:
         return onednn
-    run = ours.run
-    return lambda x: run(x) if x.shape[0] <= MANY_ROWS else onednn(x)
+    run, narrow = ours.run, len(weight) <= _NARROW
+
+    def linear(x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows <= MANY_ROWS or (narrow and rows > _NARROW_ROWS):
+            return run(x)
+        return onednn(x)
+
+    return linear
 
 
 def int8_linear(
