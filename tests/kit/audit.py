@@ -1,15 +1,18 @@
 """What no process of the project does: an audit hook (PEP 578) that takes note of it.
 
-- unpickle something that names a class or function;
+- unpickle something that names a class or function; in a server, unpickle anything at all;
 - connect to another machine, or look one up;
 - write outside the directories that are declared below.
 
-The hook only writes the events down, one a line; whoever reads the record is the judge. Reading of
-`.pt` and `.bin` files goes through readers that cannot name anything (`weights_only`).
+The hook only writes the events down, one a line; `tests/conftest.py` makes a run with any of them
+fail. `.pt` and `.bin` files are read by a parser of its own that knows tensors and nothing else
+(`weights_only`).
 """
 
+import io
 import ipaddress
 import os
+import pickle
 import sys
 import tempfile
 import traceback
@@ -43,14 +46,14 @@ def faults(record: Path) -> list[str]:
     return list(dict.fromkeys(record.read_text(errors="replace").splitlines()))
 
 
-def install(record: Path) -> None:
-    """From now on write down what should not happen in this process."""
+def install(record: Path, server: bool = False) -> None:
+    """From now on write down what should not happen in this process, or in a server's."""
     fd = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     allowed = declared()
     busy = False
 
     def note(text: str) -> None:
-        frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack()[:-3]]
+        frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack()[:-2]]
         if any(_BESIDE in frame for frame in frames):
             return
         os.write(fd, f"{text} by {' < '.join(reversed(frames[-6:]))}\n".encode())
@@ -68,6 +71,26 @@ def install(record: Path) -> None:
             busy = False
 
     sys.addaudithook(hook)
+    if server:
+        _watch_pickles(note)
+
+
+def _watch_pickles(note: Callable[[str], None]) -> None:
+    """There is no audit event for pickles that name nothing."""
+
+    class Unpickler(pickle.Unpickler):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            note("a pickle is read")
+            super().__init__(*args, **kwargs)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        return Unpickler(*args, **kwargs).load()
+
+    def loads(data: Any, /, **kwargs: Any) -> Any:
+        return Unpickler(io.BytesIO(data), **kwargs).load()
+
+    for module in (pickle, sys.modules["_pickle"]):
+        vars(module).update(Unpickler=Unpickler, load=load, loads=loads)
 
 
 def _connected(args: tuple[Any, ...], allowed: tuple[str, ...]) -> str | None:

@@ -4,15 +4,17 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import Counter
 
 import grpc
 from tests.kit import http2
-from tests.kit.processes import open_files
+from tests.kit.processes import open_files, wait_until
 from tests.kit.server import Server
 
 from tgis.proto import generation_pb2_grpc as pb_grpc
 
-from .figures import Figure, Promise
+from .census import DIRECTORY, Numbers, ask, counted
+from .figures import AT_LEISURE, Figure, Promise
 from .house import (
     GENERATE_STREAM,
     TEXT,
@@ -26,16 +28,22 @@ from .house import (
 )
 
 AT_ONCE = 32
-FLAGS = ("--max-batch-size", "8", "--max-concurrent-requests", "128")
+VANISHED = 200  # at once
+PERMITS = 256
+FLAGS = ("--max-batch-size", "8", "--max-concurrent-requests", str(PERMITS))
 # The cache of prefixes fills up with time, as it should: a small one has done so early.
 FLAGS += ("--kv-cache-memory", "24MiB", "--no-log-prompts")
+LENGTHS = (1, 2, 20, 60)
 LONG = "The little dog ran to the park. " * 60
 
 
 async def cancel_one(stub: pb_grpc.GenerationServiceStub, rng: random.Random) -> None:
     """Leave a stream at a random point: unsent, queued, in its prompt, its middle, at its end."""
-    tokens = rng.choice([1, 2, 20, 60])
-    call = stub.GenerateStream(single(tokens, rng.choice([TEXT, TEXT, LONG]), rng.randrange(99)))
+    tokens = rng.choice(LENGTHS)
+    request = single(tokens, rng.choice([TEXT, TEXT, LONG]), rng.randrange(99))
+    if rng.random() < 0.2:
+        request.params.stopping.time_limit_millis = 3_600_000
+    call = stub.GenerateStream(request)
     patience = rng.choice([0, 0, 1, 2, tokens, tokens + 1])
     with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
         if rng.random() < 0.3:
@@ -59,8 +67,8 @@ async def storm(address: str, count: int, seed: int) -> None:
         await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
 
 
-def vanish(address: str, count: int) -> None:
-    """Clients whose connection breaks off in the middle of a stream, without a word of HTTP/2."""
+def break_off(address: str, count: int) -> None:
+    """Clients that are killed in the middle of a stream: their connection is reset."""
     request = http2.call(1, GENERATE_STREAM, single(200))
     for _ in range(0, count, AT_ONCE):
         clients = [http2.connect(address, 0) for _ in range(AT_ONCE)]
@@ -71,8 +79,8 @@ def vanish(address: str, count: int) -> None:
             http2.reset(client)
 
 
-def silent(server: Server, count: int) -> float:
-    """Clients that neither read nor close: seconds until the server has let all of them go."""
+def vanish(server: Server, count: int) -> float:
+    """Clients that fall silent and never close: seconds until the server has let all of them go."""
     front = pid_of(server, "front")
     files = open_files(front)
     clients = [http2.connect(server.grpc, 0) for _ in range(count)]
@@ -81,8 +89,7 @@ def silent(server: Server, count: int) -> float:
     start = time.monotonic()
     time.sleep(1.0)
     wait_idle(server)
-    while open_files(front) > files + 2:
-        time.sleep(0.05)
+    wait_until(lambda: open_files(front) <= files + 2)
     took = time.monotonic() - start
     for client in clients:
         client.close()
@@ -114,40 +121,65 @@ def generated(server: Server) -> int:
             return int(lines[-1].partition(" generated ")[2].split()[0])
 
 
+def where(log: str) -> list[int]:
+    """How many streams were cancelled before their first token, in their middle, with their last.
+
+    Those that were never registered, or had ended by themselves, are in none of them.
+    """
+    counts = Counter[str]()
+    for line in log.splitlines():
+        if "before Cancelled" in line:
+            made = int(line.partition(" generated ")[2].split()[0])
+            counts["none" if not made else "all" if made in LENGTHS else "some"] += 1
+    return [counts[name] for name in ("none", "some", "all")]
+
+
+def idle_census(server: Server, directory: str) -> Numbers:
+    """What front and core hold when nothing is to be done; what is on its way may arrive."""
+    wait_idle(server)
+    time.sleep(0.5)
+    return ask(directory)
+
+
 def measure(full: bool) -> list[Figure]:
     """See the module."""
-    streams, vanished, quiet = (10_000, 2_000, 200) if full else (1_000, 320, 32)
-    warm_up = 1_000 if full else 400
-    with serving(*FLAGS, "--write-timeout", "2") as server:
-        steps = asyncio.run(steps_after_cancel(server, 20 if full else 5))
-        front, core = pid_of(server, "front"), pid_of(server, "core")
-        asyncio.run(storm(server.grpc, warm_up, 0))
-        vanish(server.grpc, AT_ONCE)
-        wait_idle(server)
-        files, memory = open_files(front), (rss(front), rss(core))
-        asyncio.run(storm(server.grpc, streams - warm_up, 1))
-        wait_idle(server)
-        growth = [after - before for after, before in
-                  zip((rss(front), rss(core)), memory, strict=True)]  # fmt: skip
-        vanish(server.grpc, vanished)
-        wait_idle(server)
-        gone = silent(server, quiet)
-        wait_idle(server)
-        time.sleep(0.5)
-        left = sum(gauge(server, f"tgi_{name}") for name in
-                   ("queue_size", "batch_current_size", "kv_cache_usage"))  # fmt: skip
-        more_files = open_files(front) - files
-        log = server.log()
-        # Nobody can get as many permits as there are while some are lost.
-        lost = asyncio.run(permits_lost(server, 128))
+    with counted() as env, serving(*FLAGS, "--write-timeout", "2", env=env) as server:
+        return figures_of(server, env[DIRECTORY], full)
+
+
+def figures_of(server: Server, directory: str, full: bool) -> list[Figure]:
+    """All phases, one after the other, at one server."""
+    streams, warm_up, waves = (10_000, 1_000, 10) if full else (1_000, 400, 1)
+    front, core = pid_of(server, "front"), pid_of(server, "core")
+    steps = asyncio.run(steps_after_cancel(server, 20 if full else 5))
+    empty = idle_census(server, directory)
+    asyncio.run(storm(server.grpc, warm_up, 0))
+    break_off(server.grpc, AT_ONCE)
+    wait_idle(server)
+    files, memory = open_files(front), (rss(front), rss(core))
+    asyncio.run(storm(server.grpc, streams - warm_up, 1))
+    wait_idle(server)
+    growth = [rss(pid) - before for pid, before in zip((front, core), memory, strict=True)]
+    cancelled = where(server.log())
+    break_off(server.grpc, VANISHED * waves)
+    gone = max(vanish(server, VANISHED) for _ in range(waves))
+    left = idle_census(server, directory)
+    more_files = open_files(front) - files
+    # Nobody can get as many permits as there are while some are lost.
+    lost = asyncio.run(permits_lost(server, PERMITS))
+    log = server.log()
     return [
-        Figure("steps computed for a stream after its cancellation", steps, 1),
-        Figure(f"growth of memory from stream {warm_up} to {streams}", sum(growth) / 2**20, 2,
-               " MB", steady=False),
+        Figure("streams cancelled: registered, before their first token", cancelled[0], None),
+        Figure("... between their tokens", cancelled[1], None),
+        Figure("... with all of their tokens", cancelled[2], None),
+        Figure("... steps computed for one after it, at most", steps, 1, slack=2),
+        Figure(f"growth of memory from stream {warm_up:,} to {streams:,}", sum(growth) / 2**20, 2,
+               " MB", slack=AT_LEISURE),
         Figure("... of which the front's", growth[0] / 2**20, None, " MB"),
-        Figure(f"sequences and memory left after {vanished} vanished clients", left, 0),
-        Figure(f"{quiet} silent clients let go after (--write-timeout 2)", gone, 5, " s",
-               steady=False),
+        Figure("clients killed; as many fell silent and never closed", VANISHED * waves, None),
+        Figure(f"... {VANISHED} silent ones let go after (--write-timeout 2)", gone, 5, " s",
+               slack=AT_LEISURE),
+        *(Figure(f"{what} left", left[what] - before, 0) for what, before in empty.items()),
         Figure("permits lost", lost, 0),
         Figure("files left open", max(0, more_files), 2),
         Figure("leaks that the core reports", log.count("the accounts are wrong"), 0),

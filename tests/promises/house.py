@@ -2,21 +2,27 @@
 
 import asyncio
 import http.client
+import json
+import os
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.kit.processes import children, open_files
 from tests.kit.server import Server, run_server
 
 from tgis.proto import generation_pb2 as pb
 from tgis.proto import generation_pb2_grpc as pb_grpc
 
-from .figures import ROOT, percentile
+from .figures import ONLY_SHOWN, ROOT, percentile
 
 DEMO = ROOT / "src" / "tgis" / "demo" / "model"
 TEXT = "Once upon a time there was a little girl"
@@ -57,6 +63,45 @@ def batch(new_tokens: int = 20, text: str = TEXT) -> pb.BatchedGenerationRequest
     """The same, not streamed."""
     request = single(new_tokens, text)
     return pb.BatchedGenerationRequest(requests=[request.request], params=request.params)
+
+
+def apart(works: Sequence[Callable[[], Any]], nice: Sequence[int] = ()) -> list[Any]:
+    """Run clients in processes of their own, all at the same time, and wait for them.
+
+    A process that has used gRPC cannot fork; this one must not have.
+
+    Args:
+        works: each returns what JSON can say.
+        nice: how far each stands back for everybody else.
+
+    Raises:
+        RuntimeError: one failed.
+    """
+    ends = [_fork(*pair) for pair in zip_longest(works, nice, fillvalue=0)]
+    answers = []
+    for child, reader in ends:
+        with os.fdopen(reader, "rb") as file:
+            answers.append(file.read())
+        os.waitpid(child, 0)
+    if not all(answers):
+        raise RuntimeError("a client has failed")
+    return [json.loads(answer) for answer in answers]
+
+
+def _fork(work: Callable[[], Any], nice: int) -> tuple[int, int]:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        return child, reader
+    try:
+        os.nice(nice)
+        answer = json.dumps(work()).encode()
+        with os.fdopen(writer, "wb") as file:
+            file.write(answer)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(0)
 
 
 @dataclass
@@ -121,15 +166,19 @@ class Holdings:
     rss: int  # bytes
     shared: int  # entries of /dev/shm
 
-    def growth(self, before: "Holdings") -> float:
-        """The largest growth of any of it, in percent."""
-        pairs = [
-            (self.files, before.files),
-            (self.threads, before.threads),
-            (self.rss, before.rss),
-            (self.shared, max(before.shared, 1)),
+    def growth(self, before: "Holdings") -> list[tuple[str, float, float]]:
+        """What, by how many percent it has grown, and how far a test lets that go."""
+        return [
+            ("open files", _percent(self.files, before.files), 1.0),
+            ("threads", _percent(self.threads, before.threads), 1.0),
+            ("resident memory", _percent(self.rss, before.rss), 1.0),
+            # All processes of a machine share it.
+            ("names in /dev/shm", _percent(self.shared + 1, before.shared + 1), ONLY_SHOWN),
         ]
-        return max(100 * (after / start - 1) for after, start in pairs)
+
+
+def _percent(after: float, before: float) -> float:
+    return 100 * (after / before - 1)
 
 
 def rss(pid: int) -> int:
@@ -191,6 +240,40 @@ class HealthWatch:
             finally:
                 connection.close()
             self.looks.append((start, time.monotonic() - start, status))
+
+
+class HealthStream:
+    """Listens to `grpc.health.v1.Health/Watch`, from a thread."""
+
+    def __init__(self, server: Server) -> None:
+        self.news: list[tuple[float, bool]] = []  # when, and whether it serves
+        self._address = server.grpc
+
+    def __enter__(self) -> "HealthStream":
+        self._channel = grpc.insecure_channel(self._address)
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        self._call = stub.Watch(health_pb2.HealthCheckRequest())
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._call.cancel()
+        self._thread.join()
+        self._channel.close()
+
+    def first_bad(self, since: float) -> float:
+        """When it first said NOT_SERVING after `since`; infinite if never."""
+        return min((at for at, serves in self.news if at >= since and not serves),
+                   default=float("inf"))  # fmt: skip
+
+    def _listen(self) -> None:
+        try:
+            for message in self._call:
+                serves = message.status == health_pb2.HealthCheckResponse.SERVING
+                self.news.append((time.monotonic(), serves))
+        except grpc.RpcError:  # cancelled above
+            pass
 
 
 def serves_again(server: Server, seconds: float = 60.0) -> float:

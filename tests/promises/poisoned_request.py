@@ -23,8 +23,19 @@ from tgis.types import DetailParams, SamplingParams
 from tgis.wire import Add, FailureKind
 
 from . import faults
-from .figures import ROOT, Figure, Promise
-from .house import DEMO, Ended, finish, gauge, pid_of, serving, single, streaming, wait_idle
+from .figures import AT_LEISURE, ROOT, Figure, Promise
+from .house import (
+    DEMO,
+    Ended,
+    finish,
+    gauge,
+    pid_of,
+    rss,
+    serving,
+    single,
+    streaming,
+    wait_idle,
+)
 
 FAILURES = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT)
 MATES = 63
@@ -189,6 +200,7 @@ def memory(full: bool) -> list[Figure]:
     points = allocation_points(engine)
     if not full:
         points = points[::4]
+    memory = rss(os.getpid())
     died = failed = wrong_kind = changed = left = 0
     for code, turn in points:
         try:
@@ -213,7 +225,9 @@ def memory(full: bool) -> list[Figure]:
         Figure("... failures that do not say so", wrong_kind, 0),
         Figure("... other sequences whose tokens changed", changed, 0),
         Figure("... tokens, sequences and states left in memory", left, 0),
-    ]
+        Figure("... growth of the process meanwhile", (rss(os.getpid()) - memory) / 2**20, 8,
+               " MB", slack=AT_LEISURE),
+    ]  # fmt: skip
 
 
 def measure(full: bool) -> list[Figure]:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from datetime import UTC, datetime
 
 from .figures import RESULTS, ROOT, Figure
 from .test_promises import NAMES
@@ -20,8 +19,10 @@ def number(figure: Figure) -> str:
 def table(name: str) -> list[str]:
     """One promise."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
-    form = "" if record["full"] else " (short form)"
-    lines = [f"### {record['title']}{form}", "", f"`python -m tests.promises.{name}`", ""]
+    form, flag = ("", " --full") if record["full"] else (" (short form)", "")
+    when = f"{record['date']}, {record['seconds']:,.0f} s"
+    lines = [f"### {record['title']}{form}", ""]
+    lines += [f"`python -m tests.promises.{name}{flag}`, {when}", ""]
     lines += ["| | measured | promised | |", "|---|---|---|---|"]
     for item in record["figures"]:
         figure = Figure(**item)
@@ -42,7 +43,7 @@ def main() -> int:
     text = PAGE.read_text()
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
-    body = "\n".join([BEGIN, "", f"Measured {datetime.now(UTC):%Y-%m-%d}.", "", *lines, END])
+    body = "\n".join([BEGIN, "", *lines, END])
     PAGE.write_text(head + body + tail)
     return bool(missing)
 

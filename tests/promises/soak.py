@@ -6,7 +6,9 @@ import random
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -16,28 +18,45 @@ from tests.kit.server import Server
 from tgis.proto import generation_pb2 as pb
 from tgis.proto import generation_pb2_grpc as pb_grpc
 
-from .figures import Figure, Promise
+from .figures import AT_LEISURE, Figure, Promise
 from .house import TEXT, gauge, holdings, pid_of, rss, serving, single, streaming, wait_idle
 
 SECONDS = {True: 3600.0, False: 600.0}
 CLIENTS = 12
-ADAPTERS, HIDDEN = 6, 256
+ADAPTERS, HIDDEN, LAYERS = 6, 256, 6
+LOOKS = 20  # at memory, in the time that counts
 # The last one: soft prompts that are in use fill the cache.
 EXPECTED = ("OK", "CANCELLED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
 FLAGS = ("--max-batch-size", "8", "--kv-cache-memory", "24MiB", "--prompt-cache-size-mb", "1",
-         "--log-level", "warning", "--no-log-prompts")  # fmt: skip
+         "--lora-cache-size-mb", "1", "--log-level", "warning", "--no-log-prompts")  # fmt: skip
 
 
 def store(directory: Path) -> None:
-    """Soft prompts in the format of PEFT, more of them than fit into the cache."""
+    """Soft prompts and LoRA in the format of PEFT, more of each than fit into their caches."""
     rng = np.random.default_rng(0)
+
+    def tensor(*shape: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        return rng.normal(size=shape, scale=0.1).astype(np.float32)
+
+    rank = 16
     for number in range(ADAPTERS):
-        place = directory / f"prompt{number}"
-        place.mkdir()
-        rows = rng.normal(size=(300, HIDDEN)).astype(np.float32)
-        save_file({"prompt_embeddings": rows}, place / "adapter_model.safetensors")
-        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 300}
-        (place / "adapter_config.json").write_text(json.dumps(config))
+        prompt = {"prompt_embeddings": tensor(300, HIDDEN)}
+        config: dict[str, object] = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 300}
+        save(directory / f"prompt{number}", prompt, config)
+        lora = {}
+        for layer in range(LAYERS):
+            name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora"
+            lora[f"{name}_A.weight"] = tensor(rank, HIDDEN)
+            lora[f"{name}_B.weight"] = tensor(HIDDEN, rank)
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
+        save(directory / f"lora{number}", lora, config)
+
+
+def save(place: Path, tensors: dict[str, Any], config: dict[str, object]) -> None:
+    """One adapter."""
+    place.mkdir()
+    save_file(tensors, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text(json.dumps(config))
 
 
 def draw(rng: random.Random) -> pb.SingleGenerationRequest:
@@ -52,8 +71,10 @@ def draw(rng: random.Random) -> pb.SingleGenerationRequest:
         request.params.stopping.max_new_tokens = 1 << 20
     elif fate < 0.06:
         request.prefix_id = "nobody" + str(rng.random())
-    elif fate < 0.16:
+    elif fate < 0.13:
         request.prefix_id = f"prompt{rng.randrange(ADAPTERS)}"
+    elif fate < 0.2:
+        request.adapter_id = f"lora{rng.randrange(ADAPTERS)}"
     elif fate < 0.3:
         request.params.response.generated_tokens = True
         request.params.response.token_logprobs = True
@@ -82,10 +103,11 @@ async def one(stub: pb_grpc.GenerationServiceStub, rng: random.Random) -> str:
     return "CANCELLED"
 
 
-async def traffic(server: Server, seconds: float) -> Counter[str]:
+async def traffic(server: Server, seconds: float, watch: "Watch | None" = None) -> Counter[str]:
     """Mixed traffic."""
     outcomes: Counter[str] = Counter()
     end = time.monotonic() + seconds
+    looking = watch and asyncio.create_task(watch.keep_looking(seconds))
     with streaming(server.grpc) as stub:
 
         async def client(number: int) -> None:
@@ -94,7 +116,29 @@ async def traffic(server: Server, seconds: float) -> Counter[str]:
                 outcomes[await one(stub, rng)] += 1
 
         await asyncio.gather(*(client(number) for number in range(CLIENTS)))
+    if looking:
+        looking.cancel()
     return outcomes
+
+
+@dataclass
+class Watch:
+    """Looks at the memory of processes now and then."""
+
+    pids: list[int]
+    looks: list[tuple[float, float]] = field(default_factory=list)  # seconds, MB
+
+    async def keep_looking(self, seconds: float) -> None:
+        """So often as that makes `LOOKS`, until it is cancelled."""
+        while True:
+            self.looks.append((time.monotonic(), sum(map(rss, self.pids)) / 2**20))
+            await asyncio.sleep(seconds / LOOKS)
+
+    def slope(self) -> float:
+        """MB an hour, by least squares, over the second half."""
+        half = self.looks[len(self.looks) // 2 :]
+        times, sizes = zip(*half, strict=True)
+        return 3600 * float(np.polyfit(times, sizes, 1)[0])
 
 
 def measure(full: bool, seconds: float | None = None) -> list[Figure]:
@@ -104,11 +148,12 @@ def measure(full: bool, seconds: float | None = None) -> list[Figure]:
         store(Path(name))
         with serving(*FLAGS, env={"PREFIX_STORE_PATH": name}) as server:
             pids = [pid_of(server, "front"), pid_of(server, "core"), server.process.pid]
+            watch = Watch(pids)
             # Buffers, caches and pools have come to their size after a while.
-            asyncio.run(traffic(server, max(20.0, seconds / 6)))
+            asyncio.run(traffic(server, seconds / 6))
             wait_idle(server)
             before, memory = holdings(*pids), [rss(pid) for pid in pids]
-            outcomes = asyncio.run(traffic(server, seconds))
+            outcomes = asyncio.run(traffic(server, seconds, watch))
             wait_idle(server)
             time.sleep(1.0)
             after, grown = holdings(*pids), [rss(pid) for pid in pids]
@@ -117,13 +162,14 @@ def measure(full: bool, seconds: float | None = None) -> list[Figure]:
             asked = received(server)
             log = server.log()
     unexpected = sum(count for code, count in outcomes.items() if code not in EXPECTED)
-    total = sum(outcomes.values())
     print("  " + ", ".join(f"{count} {code}" for code, count in outcomes.most_common()))
+    print("  MB: " + " ".join(f"{size:.1f}" for _, size in watch.looks))
     return [
-        Figure(f"calls in {seconds / 60:.0f} minutes of mixed traffic", total, None),
+        Figure(f"calls in {seconds / 60:.0f} minutes of mixed traffic", outcomes.total(), None),
         Figure("... that ended unexpectedly", unexpected, 0),
-        Figure("growth of memory of all processes", sum(growth), 8, " MB", steady=False),
+        Figure("growth of memory of all processes", sum(growth), 8, " MB", slack=AT_LEISURE),
         Figure("... of which the core's", growth[1], None, " MB"),
+        Figure("... slope over the second half, MB an hour", watch.slope(), None),
         Figure("growth of open files", after.files - before.files, 2),
         Figure("growth of threads", after.threads - before.threads, 1),
         Figure("requests received, less those that ended", asked, 0),

@@ -1,10 +1,13 @@
-"""Every promise in its short form. Figures that depend on what else the machine does only show."""
+"""Every promise in its short form, its limits as wide as a busy machine needs (`Figure.slack`)."""
 
-import importlib
+import os
+import subprocess
+import sys
 
 import pytest
+from tests.kit import audit
 
-from .figures import Promise
+from .figures import ROOT
 
 NAMES = [
     "core_killed",
@@ -21,11 +24,18 @@ NAMES = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", NAMES)
-def test_promise(name: str) -> None:
-    promise: Promise = importlib.import_module(f"tests.promises.{name}").PROMISE
-    assert promise.name == name
-    print(promise.title)
-    broken = [figure for figure in promise.run(full=False) if figure.steady and not figure.holds]
-    assert not broken, "\n".join(map(str, broken))
+def test_promise(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(audit.SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    result = subprocess.run(
+        [sys.executable, "-m", f"tests.promises.{name}", "--lenient"],
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    with capsys.disabled():
+        print("", result.stdout, sep="\n")
+    assert result.returncode == 0, result.stdout + result.stderr

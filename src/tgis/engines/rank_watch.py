@@ -31,7 +31,12 @@ T = TypeVar("T")
 
 def collective_timeout(hang_timeout: float) -> float:
     """Seconds that the leader waits in a collective: with all that follows, `hang_timeout`."""
-    return hang_timeout - min(_SUSPENSE_SECONDS + _TICK_SECONDS, hang_timeout / 2)
+    return _before(hang_timeout, _SUSPENSE_SECONDS + _TICK_SECONDS + LAST_WORDS_SECONDS)
+
+
+def _before(hang_timeout: float, seconds: float) -> float:
+    """So long before the time is over, but not before half of it."""
+    return hang_timeout - min(seconds, hang_timeout / 2)
 
 
 class Watch(threading.Thread):
@@ -39,14 +44,14 @@ class Watch(threading.Thread):
 
     Args:
         group: the leader's own collectives.
-        hang_timeout: seconds of silence after which a rank counts as lost.
+        hang_timeout: seconds after which a group with a silent rank has ended.
     """
 
     def __init__(self, ranks: list[Rank], group: Group, hang_timeout: float) -> None:
         super().__init__(name="ranks", daemon=True)
         self._ranks = ranks
         self._group = group
-        self._hang_timeout = hang_timeout
+        self._most_silence = _before(hang_timeout, _TICK_SECONDS + LAST_WORDS_SECONDS)
         self._answers: queue.SimpleQueue[tuple[Rank, ToLeader]] = queue.SimpleQueue()
         self._fatal: StartupError | None = None
         self._suspicion: tuple[float, str] | None = None
@@ -126,14 +131,11 @@ class Watch(threading.Thread):
     def _judge(self, now: float) -> None:
         for rank in self._ranks:
             silence = now - rank.last_heard
-            limit = self._hang_timeout if rank.loaded else _LOADING_SECONDS
+            limit = self._most_silence if rank.loaded else _LOADING_SECONDS
             if silence > limit and self._fatal is None:
-                if rank.process is not None:
-                    ask_for_stacks(rank.process.pid)
-                    time.sleep(LAST_WORDS_SECONDS)
-                self._end(f"rank {rank.number} has been silent for {silence:.1f} s")
+                self._end(f"rank {rank.number} has been silent for {silence:.1f} s", rank)
         if self._suspicion is not None and now > self._suspicion[0]:
-            self._end(f"{self._laggard()}: {self._suspicion[1]}")
+            self._end(f"{self._laggard()}: {self._suspicion[1]}", *self._ranks)
 
     def _laggard(self) -> str:
         """Who has come to fewer collectives than others."""
@@ -145,11 +147,18 @@ class Watch(threading.Thread):
         which = f"rank {late[0]} is" if len(late) == 1 else f"ranks {late} are"
         return f"{which} stuck before collective {least + 1}, others are at {most}"
 
-    def _end(self, text: str) -> None:
-        if not self.closing:
-            self.closing = True
-            log.error("%s; ending the %d ranks of this model", text, len(self._ranks) + 1)
-            os._exit(1)
+    def _end(self, text: str, *stuck: Rank) -> None:
+        """End the group; those who may be stuck say first where they are."""
+        if self.closing:
+            return
+        self.closing = True
+        log.error("%s; ending the %d ranks of this model", text, len(self._ranks) + 1)
+        here = [rank.process.pid for rank in stuck if rank.process is not None]
+        for pid in here:
+            ask_for_stacks(pid)
+        if here:
+            time.sleep(LAST_WORDS_SECONDS)
+        os._exit(1)
 
 
 def _how(rank: Rank) -> str:

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[3]))
 if record := os.environ.get("TGIS_TEST_AUDIT"):
     from tests.kit import audit
 
-    audit.install(Path(record))
+    audit.install(Path(record), server=True)
 
 if faults := os.environ.get("TGIS_TEST_FAULTS"):
     importlib.import_module(faults).install()
