@@ -41,7 +41,7 @@ def test_prefix_caching_can_be_turned_off() -> None:
 def test_blocks_fill_the_pool() -> None:
     pool, engine = pool_of("blocks", block_tokens=16, max_batch_size=8)
     assert isinstance(pool.memory, BlocksMemory)
-    assert engine.shape == CacheShape(pool.memory.total // 16, 16)
+    assert engine.shape == CacheShape(pool.memory.total // 16, 16, LENGTH)
 
 
 def test_padded_engines_get_tgis_defaults_and_whole_prompts() -> None:

@@ -242,6 +242,31 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = True
 
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        Setting(
+            MEMORY,
+            "what computes the model, in the native engine",
+            unset="cuda where PyTorch finds such a device, else cpu",
+        ),
+    ] = None
+    kv_layout: Annotated[
+        Literal["rows", "blocks"] | None,
+        Setting(
+            MEMORY,
+            "how the native engine lays its cache out: blocks share prefixes, rows are faster on"
+            " a CPU",
+            unset="rows on a CPU, blocks on a CUDA device",
+        ),
+    ] = None
+    attention: Annotated[
+        Literal["varlen", "flash_attn", "flashinfer", "flex", "reference"] | None,
+        Setting(
+            MEMORY,
+            "what attends over blocks in the native engine",
+            unset="the first of them that is installed and serves the model; reference on a CPU",
+        ),
+    ] = None
     kv_cache_memory: Annotated[
         int | None,
         Setting(

@@ -85,7 +85,7 @@ def _blocks(engine: Engine, config: Config, length: int, reserved_bytes: int) ->
         step_bytes=reserved_bytes,
     )
     num_blocks = total // block_tokens
-    engine.allocate(CacheShape(num_blocks, block_tokens))
+    engine.allocate(CacheShape(num_blocks, block_tokens, length))
     memory = BlocksMemory(max_running, num_blocks, block_tokens, caching=_caching(engine, config))
     max_step_tokens = _step_tokens(engine, config, max_running, length)
     return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)

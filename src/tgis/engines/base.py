@@ -33,6 +33,7 @@ class EngineCaps:
     kv_bytes_per_token: int  # keys and values of one token over all layers, in each rank
     dtype: str  # of the weights' arithmetic, a torch name such as "bfloat16"
     kv_granule: int = 1  # tokens of a row that the operating system commits at a time (`rows`)
+    device: str = "cpu"  # type of the device whose memory holds weights and cache
     ranks_here: int = 1  # processes with a part of the model that share this machine's memory
     # Bytes available on the machine of other ranks that has least, for as many ranks as are here.
     memory_elsewhere: int | None = None
@@ -45,10 +46,14 @@ class EngineCaps:
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """The room for keys and values: `num_slots` slots of at most `slot_tokens` tokens each."""
+    """The room for keys and values: `num_slots` slots of at most `slot_tokens` tokens each.
+
+    In the `blocks` layout the slots are blocks, of which a sequence has several.
+    """
 
     num_slots: int
     slot_tokens: int
+    longest: int = 0  # tokens of a sequence at most, where slots are blocks; 0 = slot_tokens
 
 
 class Engine(Protocol):
@@ -57,7 +62,7 @@ class Engine(Protocol):
     caps: EngineCaps
 
     def allocate(self, shape: CacheShape) -> None:
-        """Make the key/value cache. Called once, before the first `forward`."""
+        """Make the key/value cache, before the first `forward`; another replaces it."""
 
     def forward(self, plan: StepPlan) -> "torch.Tensor":
         """Run one step.

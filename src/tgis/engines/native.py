@@ -1,4 +1,4 @@
-"""The native engine: tgis's own networks on the CPU."""
+"""The native engine: tgis's own networks, on the CPU or on a CUDA device."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +12,16 @@ from tgis.adapters.prompts import SoftPrompt
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
 from tgis.engines.native_files import opened
+from tgis.engines.placement import HOST, Placement
 from tgis.engines.plan import StepPlan
 from tgis.errors import ConfigError
 from tgis.hub.safetensors import Progress
+from tgis.models.attention.backends import choose_backend, needs_of
 from tgis.models.collectives import Exchange, Group
 from tgis.models.decoder import Decoder, Step
 from tgis.models.families import read_spec
 from tgis.models.inputs import NewTokens
-from tgis.models.kv_cache import RowsCache, page_tokens
+from tgis.models.kv_cache import BlocksCache, RowsCache, page_tokens
 from tgis.models.lora import LoraAdapter
 from tgis.models.model_config import ModelConfig
 from tgis.models.rotary import rotary_table
@@ -36,6 +38,7 @@ def load(
     group: Group | None = None,
     quantize: str | None = None,
     quantization: Mapping[str, Any] | None = None,
+    placement: Placement = HOST,
 ) -> "NativeEngine":
     """Load a decoder-only model of a known family.
 
@@ -47,28 +50,39 @@ def load(
         group: the ranks among which the model is split; None = it is not.
         quantize: `QUANTIZE`, how weights are quantised that are stored as floats.
         quantization: how the stored weights are quantised; what `config` says of it unless given.
+        placement: where it computes, with which layout of the cache.
 
     Raises:
         ModelError: the family or an option of it is not supported, or the files are wrong.
-        ConfigError: weights cannot be quantised so.
+        ConfigError: weights cannot be quantised so, or a back end cannot be used here.
     """
     spec, names = read_spec(ModelConfig(config))
     group = group or Group()
-    files = opened(model_dir, config, dtype, progress, quantize, quantization)
+    device, backend = placement.device, None
+    if placement.layout == "blocks":
+        backend = choose_backend(placement.attention, needs_of(spec, dtype, device))
+    files = opened(model_dir, config, dtype, progress, quantize, quantization, device)
     with files as (checkpoint, packing):
-        weights = Weights(checkpoint, spec, names, group.shard, dtype, packing)
-        return NativeEngine(Decoder(spec, names, weights, group, dtype))
+        weights = Weights(checkpoint, spec, names, group.shard, dtype, packing, device)
+        attend = None if backend is None else backend.attend
+        decoder = Decoder(spec, names, weights, group, dtype, attend, device)
+        return NativeEngine(decoder, 0 if backend is None else backend.block_tokens)
 
 
 class NativeEngine:
-    """A decoder-only network and its key/value cache."""
+    """A decoder-only network and its key/value cache.
 
-    def __init__(self, decoder: Decoder) -> None:
+    Args:
+        block_tokens: tokens of a block of its cache; 0 = the cache is laid out in rows.
+    """
+
+    def __init__(self, decoder: Decoder, block_tokens: int = 0) -> None:
         spec = decoder.spec
         first, last = decoder.group.shard.kv_heads(spec)
         self._decoder = decoder
         self._num_kv_heads = last - first
-        self._cache: RowsCache | None = None
+        self._block_tokens = block_tokens
+        self._cache: RowsCache | BlocksCache | None = None
         self._step: Step | None = None
         self._prompts: dict[int, SoftPrompt] = {}  # by handle
         self._loras: dict[int, LoraAdapter] = {}
@@ -76,7 +90,7 @@ class NativeEngine:
         self.caps = EngineCaps(
             name="tgis_native",
             kind=ModelKind.DECODER_ONLY,
-            kv_layout="rows",
+            kv_layout="blocks" if block_tokens else "rows",
             chunked_prefill=True,
             vocab_size=spec.vocab_size,
             max_positions=spec.max_positions,
@@ -86,7 +100,8 @@ class NativeEngine:
             * spec.head_dim
             * decoder.dtype.itemsize,
             dtype=str(decoder.dtype).removeprefix("torch."),
-            kv_granule=page_tokens(spec.head_dim, decoder.dtype),
+            kv_granule=block_tokens or page_tokens(spec.head_dim, decoder.dtype),
+            device=decoder.device.type,
             soft_prompt_size=spec.hidden_size,
             lora_targets=decoder.lora.targets,
             verifies_drafts=True,
@@ -96,25 +111,28 @@ class NativeEngine:
         """See `Engine.allocate`.
 
         Raises:
-            ConfigError: slots of more tokens than the model has positions.
+            ConfigError: sequences of more tokens than the model has positions.
         """
         spec, limit = self._decoder.spec, self.caps.max_positions
-        if limit is not None and shape.slot_tokens > limit:
+        longest = shape.longest or shape.slot_tokens
+        if limit is not None and longest > limit:
             raise ConfigError(
-                f"sequences of {shape.slot_tokens} tokens are longer than the model's"
-                f" {limit} positions"
+                f"sequences of {longest} tokens are longer than the model's {limit} positions"
             )
-        self._cache = RowsCache(
-            num_layers=spec.num_layers,
-            num_slots=shape.num_slots,
-            num_kv_heads=self._num_kv_heads,
-            slot_tokens=shape.slot_tokens,
-            head_dim=spec.head_dim,
-            dtype=self._decoder.dtype,
-        )
+        self._step = self._cache = None  # what was there goes first
+        self._cache = self._new_cache(shape)
         self._step = self._decoder.bind(self._cache)
         if isinstance(spec.positions, Rotary):
-            self._rotary = rotary_table(spec.positions, shape.slot_tokens)
+            cos, sin = rotary_table(spec.positions, longest)
+            self._rotary = cos.to(self._decoder.device), sin.to(self._decoder.device)
+
+    def _new_cache(self, shape: CacheShape) -> RowsCache | BlocksCache:
+        spec, dtype = self._decoder.spec, self._decoder.dtype
+        heads = (self._num_kv_heads, shape.slot_tokens, spec.head_dim)
+        if not self._block_tokens:
+            return RowsCache(spec.num_layers, shape.num_slots, *heads, dtype)
+        assert shape.slot_tokens == self._block_tokens
+        return BlocksCache(spec.num_layers, shape.num_slots, *heads, dtype, self._decoder.device)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Tensor:
@@ -126,18 +144,22 @@ class NativeEngine:
             exchanges = self._decoder.exchanges(plan.num_tokens, plan.num_logits)
         with self._decoder.group.step(exchanges), failed_allocations():
             for copy in plan.copies:
+                assert isinstance(self._cache, RowsCache), "blocks are shared, not copied"
                 self._cache.copy(copy.source, copy.target, copy.num_tokens)
-            tokens = NewTokens()
+            tokens = NewTokens(self._block_tokens, self._decoder.device)
             for row in plan.rows:
                 prompt = self._prompts[row.prompt].decoder if row.prompt else None
                 lora = self._loras[row.lora].address if row.lora else 0
-                tokens.add(row.slot, row.token_ids, row.start, row.num_logits, prompt, lora)
+                new = (row.slot, row.token_ids, row.start, row.num_logits)
+                tokens.add(*new, prompt, lora, row.block_table)
             return self._step(tokens.inputs(self._rotary), tokens.splices)
 
     def attach(self, handle: int, adapter: Adapter) -> None:
         """See `Engine.attach`."""
         if isinstance(adapter, SoftPrompt):
-            self._prompts[handle] = adapter
+            decoder = adapter.decoder
+            here = None if decoder is None else decoder.to(self._decoder.device)
+            self._prompts[handle] = SoftPrompt(here)
         else:
             with failed_allocations():
                 self._loras[handle] = self._decoder.lora.attach(adapter.pairs)
@@ -149,7 +171,7 @@ class NativeEngine:
 
     def release(self, slots: Sequence[int]) -> None:
         """See `Engine.release`."""
-        if self._cache is not None:
+        if isinstance(self._cache, RowsCache):
             self._cache.release(slots)
 
     def close(self) -> None:

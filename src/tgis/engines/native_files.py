@@ -12,6 +12,7 @@ from tgis.engines.host_memory import trim
 from tgis.engines.huge_pages import use_huge_pages
 from tgis.hub.safetensors import Checkpoint, Progress, open_checkpoint
 from tgis.models import kernels
+from tgis.models.inputs import CPU
 from tgis.models.packing import Packing, read_packing
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def opened(
     progress: Progress | None,
     quantize: str | None,
     quantization: Mapping[str, Any] | None,
+    device: torch.device = CPU,
 ) -> Iterator[tuple[Checkpoint, Packing]]:
     """The stored weights, and how layers are made of them; puts memory in order afterwards.
 
@@ -34,7 +36,7 @@ def opened(
     checkpoint = open_checkpoint(model_dir, progress)
     try:
         quantization = quantization or config.get("quantization_config")
-        yield checkpoint, read_packing(quantize, dtype, checkpoint, quantization)
+        yield checkpoint, read_packing(quantize, dtype, checkpoint, quantization, device)
     finally:
         checkpoint.close()
         trim()

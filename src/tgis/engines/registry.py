@@ -16,6 +16,7 @@ from tgis.config import Config
 from tgis.config.model import ENGINE_GROUP
 from tgis.engines.base import Engine
 from tgis.engines.fms_families import FAMILIES as FMS_FAMILIES
+from tgis.engines.placement import HOST, Placement, choose_placement
 from tgis.errors import ConfigError, ModelError
 from tgis.hub.safetensors import Progress
 from tgis.models.collectives import Group
@@ -67,7 +68,8 @@ def load_engine(
     if group is not None:
         framework = _splitting(framework, files.model_type, group.shard.world_size)
     entry = choose_engine(framework, files.model_type)
-    dtype, reason = choose_dtype(config.dtype)
+    on_card = entry.name == NATIVE and _placement(config, files).device.type == "cuda"
+    dtype, reason = choose_dtype(config.dtype, "cuda" if on_card else "cpu")
     log.info("Loading %s with engine %s as %s: %s", files.name, entry.name, dtype, reason)
     if group is not None:
         return load_native(config, files, dtype, progress, group)
@@ -161,9 +163,25 @@ def load_native(
     """
     from tgis.engines import native, native_seq2seq
 
-    load = native_seq2seq.load if files.model_type in SEQ2SEQ_FAMILIES else native.load
+    what = (Path(files.path), files.config, dtype, progress, group)
     how = (config.quantize, files.quantization)
-    return load(Path(files.path), files.config, dtype, progress, group, *how)
+    placement = _placement(config, files)
+    if group is not None:
+        group.device = placement.device.type
+    if files.model_type in SEQ2SEQ_FAMILIES:
+        return native_seq2seq.load(*what, *how)
+    return native.load(*what, *how, placement)
+
+
+def _placement(config: Config, files: ModelFiles) -> Placement:
+    """Where a model of the native engine computes."""
+    if files.model_type not in SEQ2SEQ_FAMILIES:
+        return choose_placement(config, config.rank % max(config.local_world_size, 1))
+    asked = {"DEVICE": config.device, "KV_LAYOUT": config.kv_layout, "ATTENTION": config.attention}
+    for name, value in asked.items():
+        if value not in (None, "cpu", "rows"):
+            raise ConfigError(f"{name} = {value}: not for models of type {files.model_type}")
+    return HOST
 
 
 def _engines() -> dict[str, EntryPoint]:

@@ -60,23 +60,21 @@ class Group:
         for options in (self._sum_options, self._gather_options):
             options.timeout = timedelta(seconds=timeout)
         self._ranks: _Backend | None = None
-        self._device = "cpu"
+        self.device = "cpu"  # type of the tensors' device, or "cuda"; chosen before `connect`
         self._gathered = False
 
-    def connect(self, store: "Store", address: str, device: str = "cpu") -> None:
+    def connect(self, store: "Store", address: str) -> None:
         """Meet the other ranks; returns when all are there.
 
         Args:
             store: where they leave their addresses.
             address: of this machine, the only one that is listened on.
-            device: type of the tensors' device, "cpu" or "cuda".
 
         Raises:
             GroupError: they did not come in time.
         """
-        self._device = device
         with _lost():
-            self._ranks = BACKENDS[device](store, self.shard, address)
+            self._ranks = BACKENDS[self.device](store, self.shard, address)
 
     def sum_(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, in its place.
@@ -134,16 +132,18 @@ class Group:
             if self._ranks is not None and not self._gathered:
                 *sums, ((num_rows, num_columns), dtype) = exchanges
                 for shape, sum_dtype in sums[self.num_entered - first :]:
-                    self.sum_(torch.zeros(shape, dtype=sum_dtype, device=self._device))
+                    self.sum_(torch.zeros(shape, dtype=sum_dtype, device=self.device))
                 code = _OUT_OF_MEMORY if isinstance(error, MemoryError) else _ERROR
-                self._gather(torch.empty(0, 0, dtype=dtype), num_rows, num_columns, code)
+                self._gather(
+                    torch.empty(0, 0, dtype=dtype, device=self.device), num_rows, num_columns, code
+                )
             raise
 
     def _gather(self, x: Tensor, num_rows: int, num_columns: int, code: int) -> list[Tensor]:
         """What every rank has sent; the first row ends with how it went."""
         assert self._ranks is not None
         width = -(-num_columns // self.shard.world_size) + 1
-        sent = torch.zeros(max(num_rows, 1), width, dtype=x.dtype, device=self._device)
+        sent = torch.zeros(max(num_rows, 1), width, dtype=x.dtype, device=self.device)
         sent[: x.shape[0], : x.shape[1]] = x
         sent[0, -1] = code
         is_first = self.shard.rank == 0

@@ -13,18 +13,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from tgis.models import kernels
+from tgis.models.attention.blocks import Attend, BlocksAttention
+from tgis.models.attention.heads import heads_of
 from tgis.models.attention.rows import RowsAttention, operators
 from tgis.models.collectives import Exchange, Group
 from tgis.models.families.base import TensorNames
-from tgis.models.inputs import Splice, StepInputs, splice
-from tgis.models.kv_cache import LayerCache, RowsCache
+from tgis.models.inputs import CPU, Splice, StepInputs, splice
+from tgis.models.kv_cache import BlocksCache, LayerCache, RowsCache
 from tgis.models.lora import Adaptable
 from tgis.models.parallel import VocabularyTable
 from tgis.models.spec import DecoderSpec, Learned, Norm, Topology
 from tgis.models.weights import NormWeights, Weights
 
 Step = Callable[[StepInputs, Sequence[Splice]], Tensor]
-Network = Callable[[Tensor, StepInputs, RowsCache], Tensor]
+Cache = RowsCache | BlocksCache
+Network = Callable[[Tensor, StepInputs, Cache], Tensor]
 """(embeddings [T, hidden], ...) -> [N, this rank's vocabulary rows]: blocks and head."""
 
 
@@ -57,7 +60,7 @@ class Block:
 
     attention_norm: ResidualNorm
     qkv: Adaptable
-    attention: RowsAttention
+    attention: RowsAttention | BlocksAttention
     attention_out: Adaptable
     mlp_norm: ResidualNorm | None
     mlp_in: Adaptable
@@ -81,7 +84,12 @@ class Block:
 
 
 class Decoder:
-    """A loaded network: the parameters of one rank, and `forward`."""
+    """A loaded network: the parameters of one rank, and `forward`.
+
+    Args:
+        attend: attends over the `blocks` layout; None = the layout is `rows`.
+        device: where the parameters are.
+    """
 
     def __init__(
         self,
@@ -90,11 +98,14 @@ class Decoder:
         weights: Weights,
         group: Group,
         dtype: torch.dtype,
+        attend: Attend | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
+        self.device = device
         self.group = group
-        ops = operators(dtype)
+        ops = operators(dtype, device)
         self.head = weights.head()  # first: the largest, while memory is free
         embedding = weights.embedding()
         self._embedding = VocabularyTable(embedding, group.shard, spec.vocab_size, dtype)
@@ -105,7 +116,7 @@ class Decoder:
                 ops, spec.norm, weights.outer_norm(names.embedding_norm)
             )
         self.blocks = [
-            _load_block(spec, names, weights, group, layer, dtype)
+            _load_block(spec, names, weights, group, layer, ops, attend)
             for layer in range(spec.num_layers)
         ]
         self._run_block = TOPOLOGIES[spec.topology]
@@ -113,9 +124,7 @@ class Decoder:
         self.final_norm = ResidualNorm(ops, spec.norm, weights.outer_norm(names.final_norm))
         weights.finish()
 
-    def forward(
-        self, inputs: StepInputs, cache: RowsCache, splices: Sequence[Splice] = ()
-    ) -> Tensor:
+    def forward(self, inputs: StepInputs, cache: Cache, splices: Sequence[Splice] = ()) -> Tensor:
         """Compute one step and extend the cache.
 
         Args:
@@ -127,7 +136,7 @@ class Decoder:
         """
         return self._whole(self._network(self._embed(inputs, splices), inputs, cache))
 
-    def bind(self, cache: RowsCache, network: Network | None = None) -> Step:
+    def bind(self, cache: Cache, network: Network | None = None) -> Step:
         """`forward` on this cache, with its decoding steps recorded and replayed.
 
         A result is valid until the next call.
@@ -140,7 +149,8 @@ class Decoder:
             return lambda inputs, splices: self._whole(
                 run(self._embed(inputs, splices), inputs, cache)
             )
-        if self.group.shard.world_size > 1:  # what ranks exchange cannot be recorded
+        # What ranks exchange cannot be recorded, nor what is not ours.
+        if self.group.shard.world_size > 1 or isinstance(cache, BlocksCache):
             return lambda inputs, splices: self.forward(inputs, cache, splices)
 
         def called(stream: Tensor, *tensors: Tensor | None) -> Tensor:
@@ -180,7 +190,7 @@ class Decoder:
             x += functional.embedding(rows, self._positions)
         return x if self._embedding_norm is None else self._embedding_norm(x, None)
 
-    def _network(self, stream: Tensor, inputs: StepInputs, cache: RowsCache) -> Tensor:
+    def _network(self, stream: Tensor, inputs: StepInputs, cache: Cache) -> Tensor:
         """The blocks and the head, [T, hidden] -> [N, this rank's vocabulary rows]."""
         addition: Tensor | None = None
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
@@ -191,7 +201,7 @@ class Decoder:
             stream = stream.index_select(0, index)
             addition = None if addition is None else addition.index_select(0, index)
         if not len(index):
-            return torch.empty(0, self._embedding.num_rows)
+            return stream.new_empty(0, self._embedding.num_rows, dtype=torch.float32)
         return self.head(self.final_norm(stream, addition), lora)
 
     def _whole(self, logits: Tensor) -> Tensor:
@@ -241,10 +251,11 @@ def _load_block(
     weights: Weights,
     group: Group,
     layer: int,
-    dtype: torch.dtype,
+    ops: ModuleType,
+    attend: Attend | None,
 ) -> Block:
-    ops = operators(dtype)
     q_norm, k_norm = (weights.head_norm(layer, name) for name in (names.q_norm, names.k_norm))
+    heads = heads_of(spec, group.shard, layer, q_norm, k_norm, weights.device)
     mlp_norm = None
     if names.mlp_norm is not None:
         mlp_norm = ResidualNorm(ops, spec.norm, weights.block_norm(layer, names.mlp_norm))
@@ -253,7 +264,7 @@ def _load_block(
             ops, spec.norm, weights.block_norm(layer, names.attention_norm)
         ),
         qkv=weights.qkv(layer),
-        attention=RowsAttention(spec, group.shard, layer, dtype, q_norm, k_norm),
+        attention=BlocksAttention(heads, ops, attend) if attend else RowsAttention(heads, ops),
         attention_out=weights.attention_out(layer),
         mlp_norm=mlp_norm,
         mlp_in=weights.mlp_in(layer),

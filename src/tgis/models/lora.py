@@ -83,10 +83,18 @@ class LoraSites:
         dtype: of the network.
         prefixes: one of them precedes the names of all weights but the head's; adapters may have
             been trained with another.
+        device: of the network.
     """
 
-    def __init__(self, dtype: torch.dtype, shard: Shard, prefixes: tuple[str, ...] = ("",)) -> None:
-        known = dtype in (torch.float32, torch.bfloat16)
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shard: Shard,
+        prefixes: tuple[str, ...] = ("",),
+        device: torch.device | None = None,
+    ) -> None:
+        self._device = device or torch.device("cpu")
+        known = self._device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
         self._ops: ModuleType = kernels.low_rank if known else low_rank_reference
         self._dtype = dtype
         self._is_first = shard.rank == 0
@@ -124,6 +132,7 @@ class LoraSites:
 
     def attach(self, pairs: Pairs) -> LoraAdapter:
         """This rank's part of an adapter, whose names and shapes are those of targets."""
+        pairs = {name: (a.to(self._device), b.to(self._device)) for name, (a, b) in pairs.items()}
         embedding = None
         if self._is_first and self._embedding is not None and self._embedding.name in pairs:
             a, b = pairs[self._embedding.name]

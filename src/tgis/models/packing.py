@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tgis.errors import ConfigError, ModelError
 from tgis.hub.safetensors import Checkpoint
+from tgis.models.inputs import CPU
 from tgis.models.kernels.grouped import grouped_linear
 from tgis.models.kernels.linear import bf16_linear, int8_linear
 from tgis.quant import linear
@@ -63,13 +64,28 @@ def _to_float(make: MakeLinear) -> MakeLinear:
     return make_head
 
 
-def _quantised(bits: int, group_size: int, out_dtype: torch.dtype | None = None) -> MakeLinear:
+def _quantised(
+    bits: int,
+    group_size: int,
+    out_dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
+) -> MakeLinear:
     """Layers of weights that are quantised when they are loaded."""
 
     def make(weight: Tensor, bias: Tensor | None) -> Linear:
-        return grouped_linear(quantise(weight, bits, group_size), bias, weight.dtype, out_dtype)
+        grouped = quantise(weight, bits, group_size)
+        return grouped_linear(grouped, bias, weight.dtype, out_dtype, device)
 
     return make
+
+
+def _placed(device: torch.device) -> Packing:
+    """Layers of floats on another device than the CPU, without the layouts of CPUs."""
+
+    def make(weight: Tensor, bias: Tensor | None) -> Linear:
+        return linear.dense(weight.to(device), None if bias is None else bias.to(device))
+
+    return Packing(make, _to_float(make))
 
 
 PLAIN = Packing(make_linear, make_head)
@@ -85,8 +101,27 @@ PACKINGS: dict[str, Packing] = {
 """`QUANTIZE` -> how weights are quantised when they are loaded."""
 
 
+def _packings(device: torch.device) -> dict[str, Packing]:
+    """Those that there are on a device."""
+    if device.type == "cpu":
+        return PACKINGS
+    head = _quantised(8, -1, torch.float32, device)
+
+    def bitsandbytes(weight: Tensor, bias: Tensor | None) -> Linear:
+        return bitsandbytes_linear(weight.to(device), None if bias is None else bias.to(device))
+
+    return {
+        "int8": Packing(_quantised(8, -1, device=device), head),
+        "int4": Packing(_quantised(4, INT4_GROUP, device=device), head),
+        "bitsandbytes": Packing(bitsandbytes, _to_float(bitsandbytes)),
+    }
+
+
 def choose_packing(
-    quantize: str | None, dtype: torch.dtype, scheme: Scheme | None = None
+    quantize: str | None,
+    dtype: torch.dtype,
+    scheme: Scheme | None = None,
+    device: torch.device = CPU,
 ) -> Packing:
     """The packing for a setting and a checkpoint.
 
@@ -94,9 +129,10 @@ def choose_packing(
         quantize: `QUANTIZE`.
         dtype: of the arithmetic between the layers.
         scheme: how the checkpoint's weights are quantised already.
+        device: where the layers compute.
 
     Raises:
-        ConfigError: there is none of this name, not for this type, or not for this checkpoint.
+        ConfigError: there is none of this name, not for this type, device or checkpoint.
         ModelError: `QUANTIZE` is how weights are stored, but these are not.
     """
     if scheme is not None:
@@ -105,31 +141,37 @@ def choose_packing(
                 f"QUANTIZE = {quantize}: the model's weights are quantised already, by"
                 f" {scheme.method}; leave QUANTIZE unset"
             )
-        return _stored(scheme)
+        return _stored(scheme, device)
     if quantize is None:
-        return PLAIN
+        return PLAIN if device.type == "cpu" else _placed(device)
     if quantize in METHODS:
         raise ModelError(
             f"Cannot load `{quantize}` weight, make sure the model is already quantized, or"
             " quantize it with `text-generation-server quantize ORIGINAL_MODEL_ID NEW_MODEL_ID`"
         )
-    if quantize not in PACKINGS:
-        possible = ", ".join(PACKINGS)
-        raise ConfigError(f"QUANTIZE = {quantize}: not supported by this version (only {possible})")
-    if dtype == torch.float16:
+    packings = _packings(device)
+    if quantize not in packings:
+        possible = ", ".join(packings)
+        raise ConfigError(
+            f"QUANTIZE = {quantize}: not supported by this version on {device.type} (only"
+            f" {possible})"
+        )
+    if dtype == torch.float16 and device.type == "cpu":
         raise ConfigError(f"QUANTIZE = {quantize}: not with DTYPE = float16 (bfloat16, float32)")
     if quantize == "bitsandbytes":
         check_bitsandbytes()
     log.info("linear layers become %s as they are loaded: asked for", quantize)
-    return PACKINGS[quantize]
+    return packings[quantize]
 
 
-def _stored(scheme: Scheme) -> Packing:
+def _stored(scheme: Scheme, device: torch.device) -> Packing:
     """For a checkpoint with a scheme; what of it is not quantised stays so."""
-    make_head = partial(grouped_linear, out_dtype=torch.float32)
-    layers: Formats = {SUFFIX: partial(load_stored, scheme, grouped_linear)}
+    make = partial(grouped_linear, device=device)
+    make_head = partial(grouped_linear, out_dtype=torch.float32, device=device)
+    layers: Formats = {SUFFIX: partial(load_stored, scheme, make)}
     head: Formats = {SUFFIX: partial(load_stored, scheme, make_head)}
-    return PLAIN._replace(formats=layers | FORMATS, head_formats=head | FORMATS)
+    plain = PLAIN if device.type == "cpu" else _placed(device)
+    return plain._replace(formats=layers | FORMATS, head_formats=head | FORMATS)
 
 
 def read_packing(
@@ -137,6 +179,7 @@ def read_packing(
     dtype: torch.dtype,
     checkpoint: Checkpoint,
     quantization: Mapping[str, Any] | None,
+    device: torch.device = CPU,
 ) -> Packing:
     """The packing for a setting and an opened checkpoint, whose headers are checked.
 
@@ -145,15 +188,16 @@ def read_packing(
         dtype: of the arithmetic between the layers.
         checkpoint: holds the weights.
         quantization: `quantization_config` of config.json, or what stands for it.
+        device: where the layers compute.
 
     Raises:
         ConfigError, ModelError: see `choose_packing` and `read_scheme`.
     """
     scheme = read_scheme(stored_config(checkpoint) or quantization, checkpoint.infos)
-    packing = choose_packing(quantize, dtype, scheme)
+    packing = choose_packing(quantize, dtype, scheme, device)
     if scheme is not None:
         log.info("Weights are quantised: %s", scheme)
-        if dtype == torch.float16:
+        if device.type == "cpu" and dtype == torch.float16:
             log.warning(
                 "quantised weights are slow with DTYPE = float16 on this device; use bfloat16"
             )

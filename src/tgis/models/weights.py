@@ -15,6 +15,7 @@ from torch import Tensor
 from tgis.errors import ModelError
 from tgis.hub.safetensors import Checkpoint
 from tgis.models.families.base import TensorNames
+from tgis.models.inputs import CPU
 from tgis.models.lora import SAMPLE_ROWS, Adaptable, LoraSites
 from tgis.models.packing import PLAIN, Packing
 from tgis.models.parallel import Shard, Span
@@ -36,6 +37,7 @@ class Weights:
     Args:
         dtype: of everything that is loaded.
         packing: how layers are made.
+        device: of everything that is not in the packing's layers.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Weights:
         shard: Shard,
         dtype: torch.dtype,
         packing: Packing = PLAIN,
+        device: torch.device = CPU,
     ) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
@@ -53,9 +56,10 @@ class Weights:
         self._shard = shard
         self._dtype = dtype
         self._packing = packing
+        self.device = device
         self._prefix = self._first_stored(names.prefixes, after=names.embedding)
         self._head = self._first_stored(names.heads)
-        self.lora = LoraSites(dtype, shard, names.prefixes)
+        self.lora = LoraSites(dtype, shard, names.prefixes, device)
 
     def embedding(self) -> Tensor:
         """Token embeddings [vocab rows of this rank, hidden].
@@ -67,7 +71,7 @@ class Weights:
         name = self._prefix + self._names.embedding
         self.lora.embedding(name, shape, self._table(stored, (0, SAMPLE_ROWS)))
         rows = self._shard.blocks(self._spec.vocab_size)
-        if self._head_name() == stored:
+        if self._head_name() == stored and self.device.type == "cpu":
             return self._checkpoint.lasting(f"{stored}.weight", shape)[slice(*rows)]
         return self._table(stored, rows)
 
@@ -190,11 +194,11 @@ class Weights:
 
     def _table(self, name: str, rows: Span) -> Tensor:
         with self._checkpoint.tensor(f"{name}.weight", self._vocab_shape()) as stored:
-            return stored[slice(*rows)].to(self._dtype, copy=True)
+            return stored[slice(*rows)].to(self.device, self._dtype, copy=True)
 
     def _vector(self, name: str, shape: tuple[int, ...]) -> Tensor:
         with self._checkpoint.tensor(name, shape) as stored:
-            return stored.to(self._dtype, copy=True)
+            return stored.to(self.device, self._dtype, copy=True)
 
     def _sum(self, name: str, in_features: int, columns: Span, bias: bool) -> Adaptable:
         """A layer whose outputs are sums over the ranks."""

@@ -30,6 +30,11 @@ class Grouped:
     zero: Tensor  # int16 [out, groups]
     group: Tensor  # int64 [in]: of each input feature
 
+    def to(self, device: torch.device) -> "Grouped":
+        """The same on another device."""
+        tensors = (self.q, self.scale, self.zero, self.group)
+        return Grouped(self.bits, *(tensor.to(device) for tensor in tensors))
+
     def columns(self, span: Span) -> "Grouped":
         """Some input features."""
         return replace(self, q=self.q[:, slice(*span)], group=self.group[slice(*span)])

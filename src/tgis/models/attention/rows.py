@@ -6,39 +6,29 @@ import torch
 from torch import Tensor
 
 from tgis.models import kernels
-from tgis.models.attention.heads import heads_of
-from tgis.models.inputs import StepInputs
+from tgis.models.attention.heads import Heads
+from tgis.models.inputs import CPU, StepInputs
 from tgis.models.kernels import reference
 from tgis.models.kv_cache import LayerCache
-from tgis.models.parallel import Shard
-from tgis.models.spec import DecoderSpec
 
 
-def operators(dtype: torch.dtype) -> ModuleType:
-    """The fused kernels, or their PyTorch twins for types that they do not know."""
-    return kernels if dtype in (torch.float32, torch.bfloat16) else reference
+def operators(dtype: torch.dtype, device: torch.device = CPU) -> ModuleType:
+    """The fused kernels, or their PyTorch twins for types and devices that they do not know."""
+    known = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    return kernels if known else reference
 
 
 class RowsAttention:
     """One layer's attention on this rank.
 
     Args:
-        layer: its number, which may decide its window.
-        q_norm: [head_dim], and `k_norm` too: RMS norms of query and key heads, or None.
+        ops: has the operators.
     """
 
-    def __init__(
-        self,
-        spec: DecoderSpec,
-        shard: Shard,
-        layer: int,
-        dtype: torch.dtype,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-    ) -> None:
-        self._heads = heads_of(spec, shard, layer, q_norm, k_norm)
-        self._norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": self._heads.eps}
-        self._ops = operators(dtype)
+    def __init__(self, heads: Heads, ops: ModuleType) -> None:
+        self._heads = heads
+        self._norms = {"q_norm": heads.q_norm, "k_norm": heads.k_norm, "eps": heads.eps}
+        self._ops = ops
 
     def __call__(self, qkv: Tensor, cache: LayerCache, inputs: StepInputs) -> Tensor:
         """[T, (heads + 2 * kv_heads) * head_dim] -> [T, heads * head_dim]."""
