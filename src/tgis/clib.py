@@ -24,14 +24,14 @@ def find(name: str, prebuilt: Path, cache: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def user_cache() -> Path:
-    """Where compiled libraries are kept for this user.
+def user_cache(kind: str = "kernels") -> Path:
+    """Where compiled libraries of a kind are kept for this user.
 
     Raises:
         BuildError: the user has no home directory.
     """
     try:
-        return Path.home() / ".cache" / "tgis" / "kernels"
+        return Path.home() / ".cache" / "tgis" / kind
     except RuntimeError as error:
         raise BuildError("the user has no home directory to keep a library in") from error
 

@@ -98,6 +98,14 @@ class TokenOut(msgspec.Struct, frozen=True, array_like=True, gc=False):
     details: TokenDetails | None = None
 
 
+class Compilation(msgspec.Struct, frozen=True):
+    """What became of PT2_COMPILE when the core started."""
+
+    active: bool = False  # compiled code computes the steps
+    num_compiled: int = 0  # networks that were compiled for it, not found on disk
+    seconds: float = 0.0  # that compiling and warming up took
+
+
 class ModelInfo(msgspec.Struct, frozen=True):
     """What the core says of the model that it serves, once it can serve."""
 
@@ -109,6 +117,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     max_new_tokens: int
     kv_tokens: int  # tokens of all sequences together that fit in memory
     max_running: int  # sequences that one step can advance
+    compilation: Compilation = Compilation()
 
 
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):

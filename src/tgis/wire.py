@@ -117,6 +117,7 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     num_out_of_memory: int  # calls that failed for want of memory
     counts: SchedulerCounts
     drafts: DraftCounts = msgspec.field(default_factory=DraftCounts)
+    num_compiled: int = 0  # graphs that were compiled since the step before
 
 
 class Gauges(msgspec.Struct, frozen=True, array_like=True):

@@ -387,5 +387,15 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 1.0
     pt2_compile: Annotated[
         bool,
-        Setting(MEMORY, "compile the model", no_effect="this version does not compile models"),
+        Setting(
+            MEMORY, "compile the model with PyTorch's compiler before it is served (tgis_native)"
+        ),
     ] = False
+    pt2_compile_cache: Annotated[
+        str | None,
+        Setting(
+            MEMORY,
+            "directory in which compiled code is kept between starts",
+            unset="~/.cache/tgis/compiled",
+        ),
+    ] = None

@@ -16,17 +16,18 @@ from tgis.core.adapters import Adapters
 from tgis.core.drafting import Drafting
 from tgis.core.link import FrontLink
 from tgis.core.loop import Core, Pulse
-from tgis.core.pool import make_pool
+from tgis.core.pool import Pool, make_pool
 from tgis.core.scheduler import Scheduler
 from tgis.core.sequence import Opening, decoder_only, encoder_decoder
 from tgis.engines.base import Engine
+from tgis.engines.compilation import Bounds, Compilations, compile_network
 from tgis.engines.rank_process import Rank, num_ranks_here
 from tgis.engines.ranks import load_sharded
 from tgis.engines.registry import load_engine
 from tgis.engines.threads import choose_threads
 from tgis.errors import ModelError
 from tgis.sampling import Sampler
-from tgis.types import AdapterKind, ModelFiles, ModelInfo, ModelKind
+from tgis.types import AdapterKind, Compilation, ModelFiles, ModelInfo, ModelKind
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def assemble(
         engine = load_engine(config, files, progress)
     drafting = Drafting(config, engine, boot.draft, limits.max_sequence_length)
     pool = make_pool(engine, config, limits.max_sequence_length, drafting.reserved_bytes)
+    compilation = _compile(engine, config, pool, limits.max_sequence_length)
     scheduler = Scheduler(
         pool.memory,
         pool.budget,
@@ -77,6 +79,7 @@ def assemble(
         max_new_tokens=limits.max_new_tokens,
         kv_tokens=pool.memory.total,
         max_running=pool.max_running,
+        compilation=compilation,
     )
     core = Core(
         engine,
@@ -88,8 +91,16 @@ def assemble(
         adapters=_adapters(config, limits.max_prompt_length, engine, link),
         pad_id=_pad_id(files, engine.caps.vocab_size),
         speculation=drafting.speculation(),
+        compilations=Compilations().drain,
     )
     return core, model
+
+
+def _compile(engine: Engine, config: Config, pool: Pool, length: int) -> Compilation:
+    if not config.pt2_compile:
+        return Compilation()
+    bounds = Bounds(pool.max_running, pool.max_step_tokens, length, pool.memory.total)
+    return compile_network(engine, config.pt2_compile_cache, bounds, config.num_shard)
 
 
 def _pad_id(files: ModelFiles, vocab_size: int) -> int:

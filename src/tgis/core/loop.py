@@ -83,6 +83,7 @@ class Core:
         adapters: None = there is no store of adapters.
         pad_id: stands for the tokens of soft prompts.
         speculation: adds drafts to steps.
+        compilations: graphs that were compiled since it was asked last.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Core:
         adapters: Adapters | None = None,
         pad_id: int = 0,
         speculation: Speculation = NO_SPECULATION,
+        compilations: Callable[[], int] = lambda: 0,
     ) -> None:
         self._engine = engine
         self._sampler = sampler
@@ -107,6 +109,7 @@ class Core:
         self._adapters = adapters
         self._pad_id = pad_id
         self._speculation = speculation
+        self._compilations = compilations
         self._clock = clock
         self._sequences: dict[tuple[int, int], Sequence] = {}  # (client, seq_id)
         self._by_uid: dict[int, Sequence] = {}
@@ -251,6 +254,7 @@ class Core:
                 num_out_of_memory=result.num_out_of_memory,
                 counts=self._scheduler.drain_counts(),
                 drafts=self._speculation.drain_counts(),
+                num_compiled=self._compilations(),
             )
             self._release()
         self._emit()

@@ -154,6 +154,44 @@ class NativeEngine:
                 tokens.add(*new, prompt, lora, row.block_table)
             return self._step(tokens.inputs(self._rotary), tokens.splices)
 
+    def compile(self, directory: Path) -> bool:
+        """Let compiled code compute the steps from now on, over the cache that is allocated.
+
+        Args:
+            directory: where compiled code is kept between starts.
+
+        Returns:
+            Whether it was compiled now, and not found there.
+
+        Raises:
+            BuildError: it cannot be had.
+        """
+        from tgis.models.compiled import compiled  # defines operators that nobody else needs
+
+        assert self._cache is not None, "allocate comes before compile"
+        network, is_new = compiled(self._decoder, directory)
+        self._step = self._decoder.bind(self._cache, network)
+        return is_new
+
+    def uncompile(self) -> None:
+        """Let the network compute the steps as it was loaded."""
+        assert self._cache is not None
+        self._step = self._decoder.bind(self._cache)
+
+    def deviation(self, plan: StepPlan) -> float:
+        """How far a step's logits are from those of the network as it was loaded.
+
+        Returns:
+            The largest difference, as a share of the largest logit.
+        """
+        step, logits = self._step, self.forward(plan).clone()
+        self.uncompile()
+        expected = self.forward(plan)
+        self._step = step
+        if not expected.numel():
+            return 0.0
+        return float((logits - expected).abs().max() / expected.abs().max())
+
     def attach(self, handle: int, adapter: Adapter) -> None:
         """See `Engine.attach`."""
         if isinstance(adapter, SoftPrompt):

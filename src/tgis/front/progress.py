@@ -6,6 +6,7 @@ import time
 
 from tgis.front.link import CoreLink
 from tgis.observe.metrics import Metrics
+from tgis.types import Compilation
 
 log = logging.getLogger("tgis.front")
 
@@ -20,6 +21,7 @@ async def report_progress(link: CoreLink, metrics: Metrics) -> None:
         await asyncio.sleep(_SECONDS)
         if link.model is not None:
             metrics.set("tgi_model_load_ratio", 1.0)
+            _note_compilation(metrics, link.model.compilation)
             await link.changed.wait()
             started = time.monotonic()
             continue
@@ -27,6 +29,13 @@ async def report_progress(link: CoreLink, metrics: Metrics) -> None:
         ratio = done / total if total else 0.0
         metrics.set("tgi_model_load_ratio", ratio)
         log.info("%s", _line(done, total, time.monotonic() - started))
+
+
+def _note_compilation(metrics: Metrics, compilation: Compilation) -> None:
+    """Of a core that has just become ready."""
+    metrics.count("tgi_compile_count", compilation.num_compiled, when="startup")
+    metrics.set("tgi_compile_active", compilation.active)
+    metrics.set("tgi_compile_warmup_seconds", compilation.seconds)
 
 
 def _line(done: int, total: int, seconds: float) -> str:

@@ -18,6 +18,8 @@ def note_step(metrics: Metrics, step: StepStats) -> None:
     """One step of the engine, and what the scheduler counted meanwhile."""
     _note_engine(metrics, step)
     _note_counts(metrics, step.counts, step.drafts)
+    if step.num_compiled:
+        metrics.count("tgi_compile_count", step.num_compiled, when="serving")
 
 
 def _note_engine(metrics: Metrics, step: StepStats) -> None:

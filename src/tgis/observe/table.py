@@ -40,6 +40,7 @@ STOP_REASON: Labels = {
 METHOD: Labels = {"method": ("prefill", "next_token")}
 REASON: Labels = {"reason": ("oom", "connection", "error")}
 MAKEUP: Labels = {"makeup": ("single_only",)}
+WHEN: Labels = {"when": ("startup", "serving")}
 STATE: Labels = {"state": ("starting", "ready", "degraded", "dead", "draining")}
 
 TABLE: tuple[Spec, ...] = (
@@ -110,6 +111,13 @@ TABLE: tuple[Spec, ...] = (
     # The server
     Spec("tgi_health_state", "gauge", "1 for the state that the server is in", STATE),
     Spec("tgi_model_load_ratio", "gauge", "Share of the weights that has been read, 0 to 1"),
+    Spec("tgi_compile_count", "counter", "Graphs that were compiled", WHEN),
+    Spec("tgi_compile_active", "gauge", "1 if compiled code computes the steps (PT2_COMPILE)"),
+    Spec(
+        "tgi_compile_warmup_seconds",
+        "gauge",
+        "Seconds that compiling and warming up took when the core started",
+    ),
     Spec("tgi_core_lost_count", "counter", "Times that the core's process was lost"),
     Spec(
         "tgi_credentials_reload_count",
