@@ -18,6 +18,7 @@ import torch
 
 from tgis.bench.parts import PARTS, Sums, Timed, clocked, inside_engine
 from tgis.config import Config, effective_limits
+from tgis.core.assembly import compile_engine
 from tgis.core.loop import Core
 from tgis.core.pool import make_pool
 from tgis.core.scheduler import Scheduler
@@ -111,6 +112,7 @@ class StepBench:
         engine = load_engine(config, files)
         self.about = f"{files.name} in {engine.caps.dtype}, {threads} threads ({why})"
         pool = make_pool(engine, config, self.limits.max_sequence_length)
+        compile_engine(engine, config, pool, self.limits.max_sequence_length)
         self.max_rows = pool.max_running
         self._vocab_size = engine.caps.vocab_size
         self._sums = Sums(float)

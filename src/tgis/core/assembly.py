@@ -60,7 +60,7 @@ def assemble(
         engine = load_engine(config, files, progress)
     drafting = Drafting(config, engine, boot.draft, limits.max_sequence_length)
     pool = make_pool(engine, config, limits.max_sequence_length, drafting.reserved_bytes)
-    compilation = _compile(engine, config, pool, limits.max_sequence_length)
+    compilation = compile_engine(engine, config, pool, limits.max_sequence_length)
     scheduler = Scheduler(
         pool.memory,
         pool.budget,
@@ -96,7 +96,8 @@ def assemble(
     return core, model
 
 
-def _compile(engine: Engine, config: Config, pool: Pool, length: int) -> Compilation:
+def compile_engine(engine: Engine, config: Config, pool: Pool, length: int) -> Compilation:
+    """PT2_COMPILE, for sequences of at most `length` tokens."""
     if not config.pt2_compile:
         return Compilation()
     bounds = Bounds(pool.max_running, pool.max_step_tokens, length, pool.memory.total)

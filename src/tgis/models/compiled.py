@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,8 @@ from tgis.models.kv_cache import LayerCache
 
 log = logging.getLogger(__name__)
 
+_SCRATCH = "making-"
+_LONG_DEAD_SECONDS = 3600
 _SOURCES = ("compiler.py", "opaque.py", "decoder.py", "kernels/reference.py")
 
 
@@ -119,12 +122,21 @@ def _scratch(directory: Path) -> Iterator[Path]:
     """A directory in `directory`, or elsewhere if that cannot be written; removed in the end."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=directory)
+        _clear(directory)
+        scratch = tempfile.TemporaryDirectory(dir=directory, prefix=_SCRATCH)
     except OSError as error:
         log.info("%s: %s; what is compiled is not kept", directory, error.strerror)
         scratch = tempfile.TemporaryDirectory(prefix="tgis-")
     with scratch as name:
         yield Path(name)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what compilations have left that were killed."""
+    for path in directory.glob(f"{_SCRATCH}*"):
+        with suppress(FileNotFoundError):  # others do the same
+            if time.time() - path.stat().st_mtime > _LONG_DEAD_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _compile(about: Description, into: Path) -> None:
