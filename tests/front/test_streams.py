@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
 from tokenizers import decoders, models, pre_tokenizers
 
 from tgis.errors import GenerationFailed, OutOfMemory, Unavailable
@@ -21,7 +24,17 @@ from tgis.types import (
     TokenDetails,
     TokenOut,
 )
-from tgis.wire import Add, Failed, FailureKind, Gauges, InputDetails, Out
+from tgis.wire import (
+    Add,
+    DraftCounts,
+    Failed,
+    FailureKind,
+    Gauges,
+    InputDetails,
+    Out,
+    SchedulerCounts,
+    StepStats,
+)
 
 EOS = 256
 
@@ -102,8 +115,7 @@ class House:
         self.streams.on_out(Out([out], [], [], None, Gauges()))
 
 
-@pytest.fixture
-def house() -> House:
+def make_house() -> House:
     metrics = Metrics(Limits(512, 511, 8))
     detokenizer = Detokenizer(
         TOKENIZER, ModelKind.DECODER_ONLY, eos_token_ids=[EOS], output_special_tokens=False
@@ -112,6 +124,11 @@ def house() -> House:
     link = FakeLink()
     streams.link = link  # type: ignore[assignment]
     return House(streams, link, metrics)
+
+
+@pytest.fixture
+def house() -> House:
+    return make_house()
 
 
 async def read_all(stream: Stream) -> list[Piece]:
@@ -305,3 +322,73 @@ async def test_text_alone_and_collected_answers_never_wait(house: House) -> None
             house.end(stream, FinishReason.EOS_TOKEN)
         assert len((await answer).tokens) == 501
     assert not house.link.holds
+
+
+async def messages(stream: Stream, house: House, steps: list[list[TokenOut]]) -> list[Piece]:
+    """What a reader takes that is never late, of the pieces that are worth a message."""
+    pieces: list[Piece] = []
+    for tokens in steps:
+        house.streams.on_out(Out(tokens, [], [], None, Gauges()))
+        if stream._has_news():
+            pieces += await stream.next()
+    return [piece for piece in pieces if piece.text or piece.token or piece.finish]
+
+
+@given(
+    text=st.text("abé世 ", min_size=1, max_size=30),
+    sizes=st.lists(st.integers(1, 9), max_size=20),
+    lists=st.booleans(),
+    inputs=st.booleans(),
+    stops=st.lists(st.text("abé", min_size=1, max_size=3), max_size=2),
+)
+async def test_tokens_of_one_step_get_the_messages_that_they_get_one_by_one(
+    text: str, sizes: list[int], lists: bool, inputs: bool, stops: list[str]
+) -> None:
+    """As many as there are steps without speculative decoding, each with its own count."""
+    house = make_house()
+    details = DetailParams(output=lists, input=inputs)
+    said = []
+    for together in (False, True):
+        with house.open(details=details, stop_sequences=tuple(stops)) as stream:
+            tokens = [TokenOut(stream.seq_id, i) for i in ids(text)]
+            tokens.append(TokenOut(stream.seq_id, EOS, FinishReason.EOS_TOKEN))
+            rest, steps = tokens[1:], [tokens[:1]]
+            for size in sizes if together else ():
+                steps.append(rest[:size])
+                rest = rest[size:]
+            steps += [[token] for token in rest]
+            pieces = await messages(stream, house, [step for step in steps if step])
+            for piece in pieces:
+                if piece.token is not None:
+                    piece.token = replace(piece.token, seq_id=0)
+            said.append(pieces)
+    assert said[0] == said[1]
+
+
+async def test_tokens_of_one_step_are_merged_too_for_a_slow_reader(house: House) -> None:
+    with house.open() as stream:
+        for _ in range(100):
+            tokens = [TokenOut(stream.seq_id, i) for i in ids("abcd")]
+            house.streams.on_out(Out(tokens, [], [], None, Gauges()))
+        pieces = await stream.next()
+    assert "".join(piece.text for piece in pieces) == "abcd" * 100
+    assert len(pieces) == 4
+    assert pieces[-1].num_generated == 400
+
+
+async def test_what_follows_a_stop_sequence_in_its_step_is_ignored(house: House) -> None:
+    with house.open(stop_sequences=("b",)) as stream:
+        tokens = [TokenOut(stream.seq_id, i) for i in ids("abcd")]
+        house.streams.on_out(Out(tokens, [], [], None, Gauges()))
+        answer = await stream.collect()
+    assert (answer.text, answer.num_generated) == ("ab", 2)
+    assert answer.finish is FinishReason.STOP_SEQUENCE
+    assert house.link.aborted == [stream.seq_id]
+
+
+async def test_drafts_are_counted(house: House) -> None:
+    step = StepStats(0.1, 0.1, 0.0, 0, 0, 1, 0, 1, 0, 0, SchedulerCounts(), DraftCounts(2, 9, 5))
+    house.streams.on_out(Out([], [], [], step, Gauges()))
+    text = house.metrics.render().decode()
+    for name, number in (("draft_count", 2), ("draft_tokens", 9), ("accepted_tokens", 5)):
+        assert f"tgi_speculation_{name}_total {number}.0" in text

@@ -20,7 +20,7 @@ from tgis.engines.plan import StepPlan, Want
 from tgis.wire import DraftCounts
 
 REPAYMENT = 0.02  # of each token's time: what drafts that are always wrong cost at most
-_CREDIT = 1.0  # tokens' time that one who has earned more may lose at once
+_CREDIT = 32.0  # tokens' time that one who has earned as much may lose again
 _OVERHEAD = 0.1  # of a step, if there are drafts in it at all: more than steps in isolation show
 _FIRST, _LEAST = 4, 2  # drafts of the first attempt, and after failures
 
@@ -63,20 +63,18 @@ class Account:
 
     def length(self, num_generated: int) -> int:
         """How many drafts it may have now; 0 = none."""
-        self._settle(REPAYMENT * (self._num_seen - num_generated))
+        if self._debt > 0:
+            self._debt = max(self._debt - REPAYMENT * (num_generated - self._num_seen), 0.0)
         self._num_seen = num_generated
         return self._length if self._debt <= 0 else 0
 
     def note(self, num_drafted: int, num_accepted: int, cost: float) -> None:
         """An attempt has ended. What is right gets longer, what is wrong gets shorter."""
-        self._settle(cost - num_accepted)
+        self._debt = max(self._debt + cost - num_accepted, -_CREDIT)
         if num_accepted == num_drafted:
             self._length = min(max(self._length, 2 * num_drafted), self._most)
         else:
             self._length = min(max(num_accepted + 1, _LEAST), self._most)
-
-    def _settle(self, amount: float) -> None:
-        self._debt = max(self._debt + amount, -_CREDIT)
 
 
 class _Price:
