@@ -153,6 +153,31 @@ def test_failures_have_one_cause_and_one_line(
     )
 
 
+def test_an_overload_does_not_flood_the_log(
+    metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 5.0
+    accounts = Accounts(metrics, clock=lambda: now)
+
+    def refuse() -> None:
+        with pytest.raises(Overloaded), enter(accounts):
+            raise Overloaded("Model is overloaded")
+
+    for _ in range(100):
+        refuse()
+    assert [record.getMessage() for record in caplog.records] == ["Model is overloaded"] * 10
+    now = 6.0
+    caplog.clear()
+    refuse()
+    more, one = (record.getMessage() for record in caplog.records)
+    assert more == "Model was overloaded: 90 more requests were refused"
+    assert one == "Model is overloaded"
+    now = 9.0
+    caplog.clear()
+    refuse()
+    assert [record.getMessage() for record in caplog.records] == ["Model is overloaded"]
+
+
 @pytest.mark.parametrize("ending", [asyncio.CancelledError, GeneratorExit])
 def test_a_client_that_goes_cancels_each_input_that_is_not_complete(
     metrics: Metrics, caplog: pytest.LogCaptureFixture, ending: type[BaseException]

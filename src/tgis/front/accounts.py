@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tgis.errors import RequestError, Unavailable
+from tgis.errors import Overloaded, RequestError, Unavailable
 from tgis.front.intake import Request
 from tgis.front.rpc import CORRELATION_ID, Context, metadata_of
 from tgis.front.streams import Stream
@@ -26,6 +26,7 @@ log = logging.getLogger("tgis.front.requests")
 _COLUMNS = 32  # of user text in a log line
 _HEAD = 2 * _COLUMNS  # characters of an output that are kept for its log line
 _MAX_ID = 128  # characters of a client's identifiers in a log line
+_MOST_REFUSALS = 10  # lines a second about requests that were refused for overload
 
 _LEVELS = {
     FinishReason.CANCELLED: logging.WARNING,
@@ -87,17 +88,46 @@ class Call:
         return _KINDS.get(self.kind) or f"Sub-request {number} from batch of {len(self.outputs)}"
 
 
+class _Refusals:
+    """Which of the requests that are refused for overload get a line: an overload is no time for
+    one each. The others are counted.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._second = 0
+        self._num = 0  # in this second
+
+    def are_told(self) -> bool:
+        """Whether one more gets its line."""
+        second = int(self._clock())
+        if second != self._second:
+            if self._num > _MOST_REFUSALS:
+                more = self._num - _MOST_REFUSALS
+                log.error("Model was overloaded: %d more requests were refused", more)
+            self._second, self._num = second, 0
+        self._num += 1
+        return self._num <= _MOST_REFUSALS
+
+
 class Accounts:
     """Request metrics, completion log and traces.
 
     Args:
         log_prompts: show the first 32 columns of inputs and outputs in the log.
         tracing: where spans go; None for nowhere.
+        clock: CLOCK_MONOTONIC seconds.
     """
 
     def __init__(
-        self, metrics: Metrics, *, log_prompts: bool = True, tracing: Tracing | None = None
+        self,
+        metrics: Metrics,
+        *,
+        log_prompts: bool = True,
+        tracing: Tracing | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._refusals = _Refusals(clock)
         self._metrics = metrics
         self._log_prompts = log_prompts
         self._tracing = tracing
@@ -163,7 +193,9 @@ class Accounts:
 
     def _failed(self, call: Call, error: RequestError) -> None:
         if not call.outputs and not isinstance(error, Unavailable):
-            log.error("%s", error, extra={"span": self._span(call)})  # refused: counted there
+            # Refused: counted there.
+            if not isinstance(error, Overloaded) or self._refusals.are_told():
+                log.error("%s", error, extra={"span": self._span(call)})
             return
         not_queued = call.kind == "stream" and not call.outputs
         self._metrics.count("tgi_request_failure", err="unknown" if not_queued else "generate")
