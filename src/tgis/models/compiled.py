@@ -24,7 +24,7 @@ from torch import Tensor
 from tgis.clib import BuildError
 from tgis.control import how_ended
 from tgis.models import compiler, opaque
-from tgis.models.compiler import LIBRARY, Description
+from tgis.models.compiler import LIBRARY, OPERATORS, Description
 from tgis.models.decoder import Decoder, ResidualNorm
 from tgis.models.inputs import StepInputs
 from tgis.models.kernels.build import cpu_flags
@@ -33,6 +33,7 @@ from tgis.models.kv_cache import LayerCache
 log = logging.getLogger(__name__)
 
 _SCRATCH = "making-"
+_SUM = "sha256"
 _LONG_DEAD_SECONDS = 3600
 _SOURCES = ("compiler.py", "opaque.py", "decoder.py", "kernels/reference.py")
 
@@ -49,15 +50,19 @@ class Compiled:
     """See `decoder.Network`.
 
     Args:
-        library: what `find_or_compile` found for this decoder.
+        library: compiled for such a decoder.
 
     Raises:
-        RuntimeError: it cannot be loaded.
+        BuildError: it cannot be loaded.
     """
 
     def __init__(self, decoder: Decoder, library: Path) -> None:
         blocks = decoder.blocks
-        self._run = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
+        try:
+            self._run = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise BuildError(f"{library} cannot be loaded: {reason}") from None
         norms = [norm for block in blocks for norm in (block.attention_norm, block.mlp_norm)]
         self._norms = [x for norm in [*norms, decoder.final_norm] for x in _tensors(norm)]
         parts = ((b.qkv, b.attention_out, b.mlp_in, b.mlp_out) for b in blocks)
@@ -87,16 +92,19 @@ def compiled(decoder: Decoder, directory: Path) -> tuple[Compiled, bool]:
     """
     about = _describe(decoder)
     kept = directory / _digest(about)
-    if (kept / LIBRARY).is_file():
-        try:
+    if kept.is_dir():
+        if _is_whole(kept):
             return Compiled(decoder, kept / LIBRARY), False
-        except RuntimeError:
-            log.warning("%s cannot be loaded, and is made anew", kept)
+        log.warning("%s is damaged, and is made anew", kept)
         shutil.rmtree(kept, ignore_errors=True)
     with _scratch(directory) as scratch:
         made = scratch / "network"
-        made.mkdir()
-        _compile(about, made)
+        try:
+            made.mkdir()
+            _compile(about, made)
+            (made / _SUM).write_text(_sum(made))
+        except OSError as error:
+            raise BuildError(f"{made}: {error.strerror}") from None
         return Compiled(decoder, _keep(made, kept) / LIBRARY), True
 
 
@@ -115,6 +123,19 @@ def _digest(about: Description) -> str:
     for source in _SOURCES:
         digest.update((Path(__file__).parent / source).read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether files are what was written; to load a library that is cut off kills the process."""
+    try:
+        return (kept / _SUM).read_text() == _sum(kept)
+    except OSError:
+        return False
+
+
+def _sum(directory: Path) -> str:
+    files = b"".join((directory / name).read_bytes() for name in (LIBRARY, OPERATORS))
+    return hashlib.sha256(files).hexdigest()
 
 
 @contextmanager
