@@ -20,6 +20,7 @@ from tests.engines import (
     test_optimum,
 )
 from tests.models import test_packing, test_quantised, twins
+from tests.quant import test_bitsandbytes
 
 from tgis.engines.registry import ENGINES
 from tgis.models.families import FAMILIES
@@ -115,7 +116,8 @@ def page() -> str:
 QUANTISED = {
     **dict.fromkeys(test_quantised.STORED, test_quantised.NAMES),
     **dict.fromkeys(test_quantised.LOADING, test_quantised.NAMES),
-    "int8-dynamic": [*test_packing.CONFIGS, "t5"],
+    "int8-dynamic": [*test_packing.CONFIGS, *test_packing.SEQ2SEQ],
+    "bitsandbytes": test_bitsandbytes.NAMES,
 }
 """Format of weights -> names of the configurations that are tested with it."""
 

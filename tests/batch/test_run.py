@@ -1,6 +1,8 @@
 """`tgis batch` as a process: answers, errors, deaths of every process, and going on."""
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -149,6 +151,33 @@ def test_a_job_that_was_ended_goes_on(
     assert f"{len(shards)} of them done already" in errors
     assert rows_of(output) == expected
     assert all(path.stat().st_mtime_ns == time for path, time in shards.items())
+
+
+def test_the_guide(tmp_path: Path) -> None:
+    """Its command with its input gives rows with the fields of its output."""
+    guide = (Path(__file__).parents[2] / "docs" / "batch.md").read_text()
+    command = re.search(r"^tgis batch MODEL (.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    source, shown = re.findall(r"^```json\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    (tmp_path / "prompts.jsonl").write_text(source)
+    assert command is not None
+    words = shlex.split(command[1].replace("\\\n", " "))
+    result = subprocess.run(
+        [sys.executable, "-m", "tgis.cli.main", "batch", str(model_dir()), *words, *SERVER],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=scrubbed_environment(tmp_path),
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    answered, failed = map(json.loads, shown.splitlines())
+    rows = rows_of(tmp_path / "answers")
+    assert [row["line"] for row in rows] == [1, 2]
+    assert set(rows[0]) == set(answered)
+    assert set(answered) | {"id"} <= set(rows[1])
+    assert rows[1]["id"] == failed["id"] == "fr-1"
+    assert (tmp_path / "answers" / "server.log").exists()
 
 
 def test_stops_at_the_first_row_without_an_answer(tmp_path: Path) -> None:

@@ -1,9 +1,16 @@
 """`tgis plan`: what it prints and refuses."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
+from benchmarks.models import shape_config
 
 from tgis.cli.plan import plan
 from tgis.errors import ConfigError, ModelError
+
+NUMBER = r"\d[\d,.]*"
 
 
 def test_prints_a_plan_for_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,3 +57,24 @@ def test_bad_words(words: list[str], text: str) -> None:
 def test_a_model_that_is_not_there() -> None:
     with pytest.raises(ModelError, match="/no/model not found"):
         plan(["--qps", "1", "--model", "/no/model"])
+
+
+def test_the_guide_shows_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    command = re.search(r"^tgis plan --model MODEL (.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    shown = re.search(r"^```\n(parameters .*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    assert command is not None
+    assert shown is not None
+    (tmp_path / "config.json").write_text(json.dumps(shape_config("M")))
+    words = command[1].replace("\\\n", " ").split()
+    assert plan(["--model", str(tmp_path), *words]) == 0
+    printed = capsys.readouterr().out
+    assert re.sub(NUMBER, "", printed) == re.sub(NUMBER, "", shown[1])
+    # The guide's are of stored weights, which has the norms too.
+    figures = [
+        [float(text.replace(",", "")) for text in re.findall(NUMBER, page)]
+        for page in (printed, shown[1])
+    ]
+    assert figures[0] == pytest.approx(figures[1], rel=0.01)

@@ -64,12 +64,16 @@ def test_two_ranks_compute_in_int8(tmp_path: Path) -> None:
     near(computed, expected)
 
 
+SEQ2SEQ = {"t5": transformers.T5Config, "mt5": transformers.MT5Config}
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_encoder_decoders_compute_in_int8(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_encoder_decoders_compute_in_int8(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-    shape = transformers.T5Config(**sizes, vocab_size=160, feed_forward_proj="gated-gelu")
+    shape = SEQ2SEQ[name](**sizes, vocab_size=160, feed_forward_proj="gated-gelu")
     torch.manual_seed(3)
-    transformers.T5ForConditionalGeneration(shape).save_pretrained(tmp_path)
+    transformers.AutoModelForSeq2SeqLM.from_config(shape).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     row = Row(0, 0, [0], 0, Want.LAST, encoder_ids=random_ids(5, 30))
     logits = []

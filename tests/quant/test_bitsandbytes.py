@@ -1,8 +1,13 @@
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from tests.engines import test_native_seq2seq as seq2seq
+from tests.models import twins
+from tests.models.test_packing import near
+from tests.models.test_quantised import CONFIGS, NAMES, logits
 
 from tgis.errors import ConfigError
 from tgis.models.packing import choose_packing
@@ -15,12 +20,27 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_packing("bitsandbytes", torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-def test_layers_lose_as_much_as_8_bits_do(dtype: torch.dtype, bias: bool) -> None:
+def require_library() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("bitsandbytes", reason="the extra tgis[bitsandbytes] is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_families(tmp_path: Path, name: str) -> None:
+    require_library()
+    if name in seq2seq.CONFIGS:
+        seq2seq.save(CONFIGS[name], tmp_path)
+    else:
+        twins.save_checkpoint(tmp_path, CONFIGS[name])
+    near(logits(tmp_path, "bitsandbytes"), logits(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_lose_as_much_as_8_bits_do(dtype: torch.dtype, bias: bool) -> None:
+    require_library()
     packing = choose_packing("bitsandbytes", dtype)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 128, generator=generator).to(dtype)
