@@ -54,7 +54,8 @@ Every shape below is a tiny random checkpoint that the tests compare with Transf
 logits within 1e-4 alone, in mixed batches, in chunks and cached, greedy tokens over 64 steps,
 and bfloat16 within its own rounding (`tests/models`, `tests/engines/test_native_seq2seq.py`).
 Under a [quantised format](quantisation.md) stands "yes" where the family has been compared with itself
-on the weights that the quantised ones stand for.
+on the weights that the quantised ones stand for; under the last two, whose inputs are rounded too, with
+itself in float32, as near as 8 bits allow.
 """
 GENERAL = """
 ## Transformers engine
