@@ -1,5 +1,7 @@
 """Which strategies an engine gets."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -41,7 +43,54 @@ def test_prefix_caching_can_be_turned_off() -> None:
 def test_blocks_fill_the_pool() -> None:
     pool, engine = pool_of("blocks", block_tokens=16, max_batch_size=8)
     assert isinstance(pool.memory, BlocksMemory)
-    assert engine.shape == CacheShape(pool.memory.total // 16, 16, LENGTH)
+    assert engine.shape == CacheShape(pool.memory.total // 16, 16, LENGTH, pool.max_running)
+
+
+class FakeMeter:
+    """A card of 100,000 bytes that are free; says how it was used."""
+
+    def __init__(self, step_bytes: int) -> None:
+        self.step_bytes = step_bytes
+        self.fractions: list[float] = []
+
+    def of(self, device: str, fraction: float) -> "FakeMeter":
+        assert device == "cuda"
+        self.fractions.append(fraction)
+        return self
+
+    def peak(self, run: Callable[[], object]) -> int:
+        run()
+        return self.step_bytes
+
+    def available(self) -> int:
+        return 100_000
+
+
+@pytest.mark.parametrize(("margin", "step_bytes"), [(0, 0), (20, 0), (20, 30_000), (99, 0)])
+def test_a_card_is_measured_by_its_largest_step(
+    monkeypatch: pytest.MonkeyPatch, margin: int, step_bytes: int
+) -> None:
+    meter = FakeMeter(step_bytes)
+    monkeypatch.setattr("tgis.core.pool.meter_of", meter.of)
+    engine = FakeEngine(kv_layout="blocks", block_tokens=16)
+    engine.caps = replace(engine.caps, device="cuda")
+    settings = {"batch_safety_margin": margin, "cuda_process_memory_fraction": 0.7}
+    pool = make_pool(engine, Config(max_batch_size=300, **settings), LENGTH)  # type: ignore[arg-type]
+    (plan,) = engine.plans
+    assert plan.num_tokens == plan.num_logits == pool.max_step_tokens == 600
+    assert [row.start + len(row.token_ids) for row in plan.rows] == [LENGTH] * 3
+    assert meter.fractions == [0.7]
+    room = int((100_000 - step_bytes) * (1 - margin / 100))
+    assert pool.memory.total == room // 16 * 16
+    assert engine.shape == CacheShape(pool.memory.total // 16, 16, LENGTH, pool.max_running)
+
+
+def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tgis.core.pool.meter_of", FakeMeter(99_900).of)
+    engine = FakeEngine(kv_layout="blocks", block_tokens=16)
+    engine.caps = replace(engine.caps, device="cuda")
+    with pytest.raises(ConfigError, match="--max-sequence-length 256: its keys and values need"):
+        make_pool(engine, Config(), LENGTH)
 
 
 def test_padded_engines_get_tgis_defaults_and_whole_prompts() -> None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tgis.config.model import NO_CUDA, NOT_MEASURED
+from tgis.config.model import NOT_MEASURED
 
 _NO_SPECULATOR = (
     "MLP speculators are not served; --speculate takes prompt-lookup or a small model instead"
@@ -30,7 +30,6 @@ IGNORED: dict[str, Ignored] = {
     ),
     "max_logprobs": Ignored(int, "up to 10 alternatives are always offered", env_only=False),
     "cuda_pad_to_mult_of_8": Ignored(bool, "inputs are not padded"),
-    "pytorch_cuda_alloc_conf": Ignored(str, NO_CUDA),
     "bloom_slow_but_exact": Ignored(bool, "results never depend on the batch"),
     "disable_custom_kernels": Ignored(bool, "there are none that can be turned off"),
     "merge_onnx_graphs": Ignored(bool, _ONNX_TOOL),
@@ -49,7 +48,7 @@ IGNORED: dict[str, Ignored] = {
     "speculator_revision": Ignored(str, _NO_SPECULATOR, refused=True),
     "speculator_n_candidates": Ignored(int, _NO_SPECULATOR, env_only=False, refused=True),
     "speculator_top_k_tokens_per_head": Ignored(str, _NO_SPECULATOR, refused=True),
-    "log_gpu_usage_interval": Ignored(float, NO_CUDA),
+    "log_gpu_usage_interval": Ignored(float, "metrics tell how much of the cache is used"),
     "debug": Ignored(str, "log_level sets what is logged"),
     "git_commit_hash": Ignored(str, "the version says what runs"),
     "hf_hub_offline": Ignored(bool, "nothing is ever downloaded while serving"),

@@ -44,7 +44,7 @@ def _read_engine(text: str) -> str:
     return entry
 
 
-NO_CUDA = "it concerns CUDA devices, and this server computes on the CPU"
+_NO_KERNEL = "weights of few bits have one kernel on a CPU, and are dequantised on a CUDA device"
 NOT_MEASURED = "memory is measured by one trial step, not by a series of them"
 _DTYPES = {"auto": None, "float": "float32", "half": "float16"} | {
     name: name for name in ("float32", "float16", "bfloat16")
@@ -104,7 +104,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     disable_exllama: Annotated[
-        bool, Setting(MODEL, "no CUDA kernel for GPTQ weights", env_only=True, no_effect=NO_CUDA)
+        bool, Setting(MODEL, "no CUDA kernel for GPTQ weights", env_only=True, no_effect=_NO_KERNEL)
     ] = False
     exllama_version: Annotated[
         int,
@@ -113,7 +113,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             "version of the Exllama kernel for GPTQ weights",
             kind=choice({"1": 1, "2": 2}),
             env_only=True,
-            no_effect=NO_CUDA,
+            no_effect=_NO_KERNEL,
         ),
     ] = 2
     gptq_cuda_type: Annotated[
@@ -125,7 +125,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
                 {name: name for name in ("exllama", "marlin")}, "Invalid GPTQ_CUDA_TYPE {v}"
             ),
             env_only=True,
-            no_effect=NO_CUDA,
+            no_effect=_NO_KERNEL,
         ),
     ] = "exllama"
     trust_remote_code: Annotated[
@@ -247,7 +247,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             MEMORY,
             "what computes the model, in the native engine",
-            unset="cuda where PyTorch finds such a device, else cpu",
+            unset="cpu, also beside a CUDA device: that path has not been run yet",
         ),
     ] = None
     kv_layout: Annotated[
@@ -367,7 +367,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Setting(
             MEMORY,
-            "percent of the estimated memory kept back (padded engines)",
+            "percent of the estimated memory kept back (padded engines, and on CUDA devices)",
             check=between(0, 99, noun="a percentage"),
         ),
     ] = 20
@@ -375,16 +375,24 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Setting(
             MEMORY,
-            "share of the device's memory that the process may use",
+            "share of a CUDA device's memory that the process may use",
             short="c",
             check=Check(
                 "a number above 0 and up to 1",
                 lambda v: 0 < v <= 1,
                 "cuda_process_memory_fraction must be in range 0 < x <= 1",
             ),
-            no_effect=NO_CUDA,
         ),
     ] = 1.0
+    pytorch_cuda_alloc_conf: Annotated[
+        str | None,
+        Setting(
+            MEMORY,
+            "settings of PyTorch's allocator on CUDA devices, which reads them itself",
+            unset="expandable_segments:True",
+            env_only=True,
+        ),
+    ] = None
     pt2_compile: Annotated[
         bool,
         Setting(

@@ -5,10 +5,10 @@ scaled to a step of full size. Of what then is available, a share is the pool's.
 """
 
 import logging
-from pathlib import Path
 
 from tgis.engines.base import Engine
-from tgis.engines.host_memory import available_memory
+from tgis.engines.host_memory import available_memory, peak_of
+from tgis.engines.meters import Meter
 from tgis.engines.plan import Row, StepPlan, Want
 from tgis.errors import ConfigError
 from tgis.types import ModelKind
@@ -32,27 +32,28 @@ def step_memory(engine: Engine, max_step_tokens: int, max_sequence_length: int) 
     tokens = [number % engine.caps.vocab_size for number in range(num_tokens)]
     has_encoder = engine.caps.kind is ModelKind.ENCODER_DECODER
     row = Row(0, 0, tokens, 0, Want.ALL, encoder_ids=tokens if has_encoder else None)
-    before = _reset_peak()
-    engine.forward(StepPlan([row]))
-    peak = _status("VmHWM") - before if before else 0
+    peak = peak_of(lambda: engine.forward(StepPlan([row])))
     engine.release([0])
-    return max(peak, 0) * max_step_tokens // num_tokens
+    return peak * max_step_tokens // num_tokens
 
 
-def _reset_peak() -> int:
-    """Begin to measure the peak anew; returns the bytes held now, 0 if that is not possible."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return 0
-    return _status("VmRSS")
+def largest_step_memory(
+    engine: Engine, meter: Meter, max_step_tokens: int, max_sequence_length: int
+) -> int:
+    """Bytes that the largest step needs beside weights and cache, by doing it.
 
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
+    Its tokens are the ends of sequences of full length, and all their logits are wanted. The
+    engine's cache must be allocated, with blocks for one such sequence.
+    """
+    size = engine.caps.kv_granule
+    table = list(range(-(-max_sequence_length // size)))
+    rows: list[Row] = []
+    while (left := max_step_tokens - sum(row.num_tokens for row in rows)) > 0:
+        count, number = min(left, max_sequence_length), len(rows)
+        tokens = [token % engine.caps.vocab_size for token in range(count)]
+        start = max_sequence_length - count
+        rows.append(Row(number, number, tokens, start, Want.ALL, table))
+    return meter.peak(lambda: engine.forward(StepPlan(rows)))
 
 
 def kv_capacity(
@@ -64,6 +65,8 @@ def kv_capacity(
     granule: int = 1,
     step_bytes: int = 0,
     elsewhere: int | None = None,
+    available: int | None = None,
+    share: float = DEFAULT_SHARE,
 ) -> int:
     """Tokens that fit, a multiple of `granule`; says so in the log.
 
@@ -74,13 +77,15 @@ def kv_capacity(
         granule: tokens that are committed at a time.
         step_bytes: what a step needs beside.
         elsewhere: bytes that are available on another machine that holds as much.
+        available: bytes that are available here; None = of the machine's memory.
+        share: of what is available beside a step, that the pool takes.
 
     Raises:
         ConfigError: not even one sequence of full length fits.
     """
-    available = available_memory() if elsewhere is None else min(available_memory(), elsewhere)
-    available = max(available - step_bytes, 0)
-    room = int(available * DEFAULT_SHARE) if memory is None else memory
+    available = available_memory() if available is None else available
+    available = max(min(available, available if elsewhere is None else elsewhere) - step_bytes, 0)
+    room = int(available * share) if memory is None else memory
     tokens = min(room // bytes_per_token, most_tokens) // granule * granule
     if tokens < -(-max_sequence_length // granule) * granule:
         raise ConfigError(

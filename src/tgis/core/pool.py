@@ -10,8 +10,14 @@ from tgis.core.budget import Budget, PaddedBudget, PaddedModel, PagedBudget
 from tgis.core.kv.base import KvMemory
 from tgis.core.kv.blocks import BlocksMemory
 from tgis.core.kv.rows import RowsMemory
-from tgis.core.memory import kv_capacity, step_memory
+from tgis.core.memory import (
+    DEFAULT_SHARE,
+    kv_capacity,
+    largest_step_memory,
+    step_memory,
+)
 from tgis.engines.base import CacheShape, Engine
+from tgis.engines.meters import meter_of
 from tgis.types import ModelKind
 
 log = logging.getLogger(__name__)
@@ -74,20 +80,30 @@ def _rows(engine: Engine, config: Config, length: int, reserved_bytes: int) -> P
 
 
 def _blocks(engine: Engine, config: Config, length: int, reserved_bytes: int) -> Pool:
+    """What is left beside the largest step, which is done with blocks for one sequence."""
+    caps = engine.caps
     max_running = config.max_batch_size or DEFAULT_MAX_RUNNING
-    block_tokens = engine.caps.kv_granule
+    max_step_tokens = _step_tokens(engine, config, max_running, length)
+    block_tokens = caps.kv_granule
+    engine.allocate(CacheShape(-(-length // block_tokens), block_tokens, length))
+    meter = meter_of(caps.device, config.cuda_process_memory_fraction)
+    step_bytes = largest_step_memory(engine, meter, max_step_tokens, length)
+    on_host = caps.device == "cpu"
+    ranks = caps.ranks_here if on_host else 1  # each has a card of its own
     total = kv_capacity(
         config.kv_cache_memory,
-        engine.caps.kv_bytes_per_token,
+        caps.kv_bytes_per_token * ranks,
         length,
         max_running * ROWS_PER_SEQUENCE * (length + block_tokens),
         granule=block_tokens,
-        step_bytes=reserved_bytes,
+        step_bytes=step_bytes * ranks + reserved_bytes,
+        elsewhere=caps.memory_elsewhere if on_host else None,
+        available=meter.available(),
+        share=DEFAULT_SHARE if on_host else 1 - config.batch_safety_margin / 100,
     )
     num_blocks = total // block_tokens
-    engine.allocate(CacheShape(num_blocks, block_tokens, length))
+    engine.allocate(CacheShape(num_blocks, block_tokens, length, max_running))
     memory = BlocksMemory(max_running, num_blocks, block_tokens, caching=_caching(engine, config))
-    max_step_tokens = _step_tokens(engine, config, max_running, length)
     return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)
 
 

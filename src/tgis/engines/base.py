@@ -54,6 +54,7 @@ class CacheShape:
     num_slots: int
     slot_tokens: int
     longest: int = 0  # tokens of a sequence at most, where slots are blocks; 0 = slot_tokens
+    max_running: int = 0  # sequences of a step at most; 0 = nothing is prepared for such steps
 
 
 class Engine(Protocol):

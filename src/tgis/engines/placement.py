@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from tgis.config import Config
+from tgis.engines.rank_process import num_ranks_here
 from tgis.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -22,16 +23,13 @@ class Placement(NamedTuple):
 HOST = Placement(torch.device("cpu"))
 
 
-def choose_placement(config: Config, rank: int = 0) -> Placement:
-    """The place of a rank's part of a model.
-
-    Args:
-        rank: which of `num_shard` parts it is, counted on this machine.
+def choose_placement(config: Config) -> Placement:
+    """The place of this rank's part of a model: on a machine with cards, one for each.
 
     Raises:
         ConfigError: there is no such device, or not that layout on it.
     """
-    device = _device(config, rank)
+    device = _device(config)
     if device.type == "cpu":
         layout = config.kv_layout or "rows"
         if config.attention and layout == "rows":
@@ -45,14 +43,27 @@ def choose_placement(config: Config, rank: int = 0) -> Placement:
     return Placement(device, "blocks", config.attention)
 
 
-def _device(config: Config, rank: int) -> torch.device:
-    count = torch.cuda.device_count() if config.device != "cpu" else 0
-    if config.device == "cpu" or (config.device is None and not count):
+def prepare_card(config: Config, device: torch.device) -> None:
+    """Make this process use one card, within its share of the card's memory."""
+    if config.pytorch_cuda_alloc_conf is None:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch.cuda.set_device(device)
+    torch.cuda.set_per_process_memory_fraction(config.cuda_process_memory_fraction)
+
+
+def _device(config: Config) -> torch.device:
+    count = torch.cuda.device_count()
+    if config.device != "cuda":
+        if count and config.device is None:
+            log.warning(
+                "DEVICE is not set: the model is computed on the CPU, not on %d GPUs", count
+            )
         return torch.device("cpu")
     if not count:
         raise ConfigError(
             "DEVICE = cuda: there is no CUDA device, or PyTorch is built without CUDA"
         )
-    if config.num_shard > count:
-        raise ConfigError(f"{config.num_shard} shards configured but only {count} GPUs detected")
-    return torch.device("cuda", rank)
+    ranks_here = num_ranks_here(config)
+    if ranks_here > count:
+        raise ConfigError(f"{ranks_here} shards configured but only {count} GPUs detected")
+    return torch.device("cuda", config.rank % ranks_here)

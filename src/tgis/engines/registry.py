@@ -16,7 +16,7 @@ from tgis.config import Config
 from tgis.config.model import ENGINE_GROUP
 from tgis.engines.base import Engine
 from tgis.engines.fms_families import FAMILIES as FMS_FAMILIES
-from tgis.engines.placement import HOST, Placement, choose_placement
+from tgis.engines.placement import HOST, Placement, choose_placement, prepare_card
 from tgis.errors import ConfigError, ModelError
 from tgis.hub.safetensors import Progress
 from tgis.models.collectives import Group
@@ -168,6 +168,8 @@ def load_native(
     placement = _placement(config, files)
     if group is not None:
         group.device = placement.device.type
+    if placement.device.type == "cuda":
+        prepare_card(config, placement.device)
     if files.model_type in SEQ2SEQ_FAMILIES:
         return native_seq2seq.load(*what, *how)
     return native.load(*what, *how, placement)
@@ -176,7 +178,7 @@ def load_native(
 def _placement(config: Config, files: ModelFiles) -> Placement:
     """Where a model of the native engine computes."""
     if files.model_type not in SEQ2SEQ_FAMILIES:
-        return choose_placement(config, config.rank % max(config.local_world_size, 1))
+        return choose_placement(config)
     asked = {"DEVICE": config.device, "KV_LAYOUT": config.kv_layout, "ATTENTION": config.attention}
     for name, value in asked.items():
         if value not in (None, "cpu", "rows"):

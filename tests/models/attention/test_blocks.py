@@ -1,17 +1,25 @@
 """Attention over block tables: the reference against SDPA, every back end against the reference."""
 
+import inspect
+import sys
+import types
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
+from tgis.errors import ConfigError
+from tgis.models.attention import backends
 from tgis.models.attention.alibi import alibi_slopes
+from tgis.models.attention.backends import BACKENDS, Needs, choose_backend
 from tgis.models.attention.blocks import Attend, attend_reference
 from tgis.models.attention.flex import make_flex
 from tgis.models.attention.heads import Heads
+from tgis.models.attention.packages import load_flash_attn, load_flashinfer, load_varlen
 from tgis.models.inputs import NewTokens, StepInputs
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -136,3 +144,173 @@ def eager_flex(*args: Any, **options: Any) -> Tensor:
         return out
     finally:
         flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+
+
+def needs(**changes: Any) -> Needs:
+    usual = {"device": CUDA, "dtype": torch.bfloat16, "head_dim": 128, "alibi": False}
+    return Needs(**usual | changes)
+
+
+CUDA = torch.device("cuda", 0)
+INSTALLED = ("flash_attn", "flash_attn_interface", "flashinfer", "triton")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The packages that seem to be there; back ends are not loaded."""
+    found = set(INSTALLED)
+    monkeypatch.setattr(backends, "find_spec", lambda name: name if name in found else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name, backend in BACKENDS.items():
+        monkeypatch.setitem(BACKENDS, name, backend._replace(load=lambda: attend_reference))
+    return found
+
+
+def test_the_best_back_end_that_fits_is_chosen(installed: set[str]) -> None:
+    assert choose_backend(None, needs()).name == "varlen"
+    assert choose_backend(None, needs(alibi=True)).name == "flash_attn"
+    assert choose_backend(None, needs(dtype=torch.float32)).name == "flex"
+    assert choose_backend(None, needs(head_dim=260)).name == "flex"
+    installed -= {"flash_attn_interface"}
+    assert choose_backend(None, needs()).name == "flash_attn"
+    installed -= {"flash_attn"}
+    assert choose_backend(None, needs()).name == "flashinfer"
+    assert choose_backend(None, needs(alibi=True)).name == "flex"
+    installed -= {"flashinfer"}
+    assert choose_backend(None, needs()).name == "flex"
+    installed.clear()
+    assert choose_backend(None, needs()).name == "reference"
+    assert choose_backend(None, needs(device=CPU)).name == "reference"
+    assert choose_backend("flex", needs(device=CPU)).name == "flex"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("varlen", {"device": CPU}, "it needs a CUDA device"),
+        ("flash_attn", {"dtype": torch.float32}, r"it does not compute in torch.float32"),
+        ("flashinfer", {"alibi": True}, "it has no ALiBi"),
+        ("flash_attn", {"head_dim": 20}, "it has no heads of 20"),
+    ],
+)
+def test_what_a_back_end_cannot_do(
+    installed: set[str], name: str, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"ATTENTION = {name}: {reason}"):
+        choose_backend(name, needs(**changes))
+
+
+def test_what_is_not_installed_is_said() -> None:
+    with pytest.raises(ConfigError, match="flashinfer is not installed"):
+        choose_backend("flashinfer", needs())
+
+
+def paged(
+    one: Case, table: Tensor, lengths: list[int], q_start: list[int], left: int, slopes: Any
+) -> Tensor:
+    """What the packages' documentation says of keys in pages, causal and aligned to the end."""
+    out = []
+    for s, length in enumerate(lengths):
+        pages = [int(page) for page in table[s][: -(-length // one.k.shape[1])]]
+        k, v = (torch.cat([pool[p] for p in pages])[:length] for pool in (one.k, one.v))
+        q = one.q[q_start[s] : q_start[s + 1]]
+        group = q.shape[1] // k.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * one.heads.scale
+        i = torch.arange(len(q))[:, None] + length - len(q)
+        j = torch.arange(length)[None]
+        if slopes is not None:
+            scores = scores - slopes[:, None, None] * (i - j).abs()
+        hidden = (j > i) | ((j < i - left) if left >= 0 else False)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1)))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "window", "alibi-window"])
+@pytest.mark.parametrize("step", STEPS)
+def test_the_call_of_flash_attn(monkeypatch: pytest.MonkeyPatch, kind: str, step: str) -> None:
+    """Against a function with the arguments that its documentation names."""
+    one = case(KINDS[kind], STEPS[step])
+
+    def flash_attn_varlen_func(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: Any = None,
+        causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+        alibi_slopes: Any = None, deterministic: bool = False, return_attn_probs: bool = False,
+        block_table: Any = None,
+    ) -> Tensor:  # fmt: skip
+        lengths = cu_seqlens_k.diff().tolist()
+        assert causal
+        assert window_size[1] == 0
+        assert softmax_scale == one.heads.scale
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == block_table.dtype == torch.int32
+        assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), max(lengths))
+        starts = cu_seqlens_q.tolist()
+        return paged(one, block_table, lengths, starts, window_size[0], alibi_slopes)
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    computed, expected = one.attend(load_flash_attn()), one.attend(attend_reference)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "multi-head", "window"])
+@pytest.mark.parametrize("step", STEPS)
+def test_the_call_of_varlen_attn(monkeypatch: pytest.MonkeyPatch, kind: str, step: str) -> None:
+    one, signature = case(KINDS[kind], STEPS[step]), inspect.signature(varlen.varlen_attn)
+    activated: list[str] = []
+
+    def stand_in(*args: Any, **options: Any) -> Tensor:
+        bound = signature.bind(*args, **options).arguments
+        assert bound["enable_gqa"] == (one.heads.num_heads != one.heads.num_kv_heads)
+        assert bound["scale"] == one.heads.scale
+        assert bound["window_size"][1] == 0
+        lengths, starts = bound["seqused_k"].tolist(), bound["cu_seq_q"].tolist()
+        assert bound["max_k"] == max(lengths)
+        return paged(one, bound["block_table"], lengths, starts, bound["window_size"][0], None)
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    computed, expected = one.attend(load_varlen()), one.attend(attend_reference)
+    assert activated == ["FA3"]
+    torch.testing.assert_close(computed, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "window"])
+@pytest.mark.parametrize("step", STEPS)
+def test_the_call_of_flashinfer(monkeypatch: pytest.MonkeyPatch, kind: str, step: str) -> None:
+    one = case(KINDS[kind], STEPS[step])
+
+    class BatchPrefillWithPagedKVCacheWrapper:
+        def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD") -> None:
+            assert kv_layout == "NHD"
+            assert float_workspace_buffer.dtype == torch.uint8
+
+        def plan(
+            self, qo_indptr: Tensor, paged_kv_indptr: Tensor, paged_kv_indices: Tensor,
+            paged_kv_last_page_len: Tensor, num_qo_heads: int, num_kv_heads: int,
+            head_dim_qk: int, page_size: int, causal: bool = False, sm_scale: Any = None,
+            window_left: int = -1, q_data_type: Any = "float16",
+        ) -> None:  # fmt: skip
+            assert (num_qo_heads, num_kv_heads, head_dim_qk) == (6, 2, 16)
+            assert causal
+            assert q_data_type == torch.float32
+            pages = paged_kv_indptr.diff().tolist()
+            assert ((paged_kv_last_page_len >= 1) & (paged_kv_last_page_len <= page_size)).all()
+            last = paged_kv_last_page_len.tolist()
+            self.lengths = [(n - 1) * page_size + m for n, m in zip(pages, last, strict=True)]
+            self.table = paged_kv_indices.split(pages)
+            self.starts, self.left = qo_indptr.tolist(), window_left
+
+        def run(self, q: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+            table: Any = self.table
+            return paged(one, table, self.lengths, self.starts, self.left, None)
+
+    module = types.ModuleType("flashinfer")
+    module.BatchPrefillWithPagedKVCacheWrapper = (  # type: ignore[attr-defined]
+        BatchPrefillWithPagedKVCacheWrapper
+    )
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    computed, expected = one.attend(load_flashinfer()), one.attend(attend_reference)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=2e-5)
