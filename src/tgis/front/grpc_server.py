@@ -42,12 +42,17 @@ _OPTIONS = {
     # A connection that says nothing of HTTP/2, or has had no call for long, makes room.
     "grpc.server_handshake_timeout_ms": 20_000,
     "grpc.max_connection_idle_ms": 30 * 60_000,
+    # Calls that Python has not taken yet. Above the first number gRPC cancels some of all clients
+    # at random, and a client that resets its calls as fast as it can soon reaches its default.
+    "grpc.server.max_pending_requests": 8_000,
+    "grpc.server.max_pending_requests_hard_limit": 10_000,
 }
 _MOST_CONNECTIONS = 4096
 _AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 # Calls beside those that generate: tokenization, health checks, reflection.
 _SPARE_CALLS = 1024
+_SPARE_STREAMS = 100  # the same on one connection
 
 
 class GrpcServer:
@@ -72,7 +77,8 @@ class GrpcServer:
                 ("grpc.max_allowed_incoming_connections", _max_connections()),
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 # All on one connection is as good as each on its own: too much is refused by name.
-                ("grpc.max_concurrent_streams", config.max_concurrent_requests + _SPARE_CALLS),
+                # What a connection resets counts until Python has seen it, so more is no use.
+                ("grpc.max_concurrent_streams", config.max_concurrent_requests + _SPARE_STREAMS),
             ],
             interceptors=list(interceptors),
             maximum_concurrent_rpcs=config.max_concurrent_requests + _SPARE_CALLS,
