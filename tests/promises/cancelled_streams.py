@@ -18,6 +18,7 @@ from .figures import AT_LEISURE, Figure, Promise
 from .house import (
     GENERATE_STREAM,
     TEXT,
+    finish,
     gauge,
     pid_of,
     rss,
@@ -31,7 +32,7 @@ AT_ONCE = 32
 VANISHED = 200  # at once
 PERMITS = 256
 FLAGS = ("--max-batch-size", "8", "--max-concurrent-requests", str(PERMITS))
-# The cache of prefixes fills up with time, as it should: a small one has done so early.
+# The cache of prefixes is small, so that `fill_cache` is quick.
 FLAGS += ("--kv-cache-memory", "24MiB", "--no-log-prompts")
 LENGTHS = (1, 2, 20, 60)
 LONG = "The little dog ran to the park. " * 60
@@ -121,6 +122,23 @@ def generated(server: Server) -> int:
             return int(lines[-1].partition(" generated ")[2].split()[0])
 
 
+async def fill_cache(address: str) -> None:
+    """Make the cache of prefixes hold the same each time: as much as it can."""
+    with streaming(address) as stub:
+        for number in range(8):
+            request = single(1, f"Number {number}. {LONG * 4}")
+            request.params.truncate_input_tokens = 900
+            await finish(stub.GenerateStream(request))
+
+
+def memory_of(server: Server) -> list[int]:
+    """Of front and core, when nothing is to be done and the cache is full."""
+    wait_idle(server)
+    asyncio.run(fill_cache(server.grpc))
+    wait_idle(server)
+    return [rss(pid_of(server, name)) for name in ("front", "core")]
+
+
 def where(log: str) -> list[int]:
     """How many streams were cancelled before their first token, in their middle, with their last.
 
@@ -150,16 +168,14 @@ def measure(full: bool) -> list[Figure]:
 def figures_of(server: Server, directory: str, full: bool) -> list[Figure]:
     """All phases, one after the other, at one server."""
     streams, warm_up, waves = (10_000, 1_000, 10) if full else (1_000, 400, 1)
-    front, core = pid_of(server, "front"), pid_of(server, "core")
+    front = pid_of(server, "front")
     steps = asyncio.run(steps_after_cancel(server, 20 if full else 5))
     empty = idle_census(server, directory)
     asyncio.run(storm(server.grpc, warm_up, 0))
     break_off(server.grpc, AT_ONCE)
-    wait_idle(server)
-    files, memory = open_files(front), (rss(front), rss(core))
+    memory, files = memory_of(server), open_files(front)
     asyncio.run(storm(server.grpc, streams - warm_up, 1))
-    wait_idle(server)
-    growth = [rss(pid) - before for pid, before in zip((front, core), memory, strict=True)]
+    growth = [after - before for after, before in zip(memory_of(server), memory, strict=True)]
     cancelled = where(server.log())
     break_off(server.grpc, VANISHED * waves)
     gone = max(vanish(server, VANISHED) for _ in range(waves))

@@ -158,6 +158,9 @@ def total_rss(server: Server) -> int:
     return rss(pid_of(server, "front")) + rss(pid_of(server, "core"))
 
 
+Shares = tuple[int, int, float]  # tokens, requests, seconds until one was refused
+
+
 class Tenant:
     """One who keeps asking.
 
@@ -170,13 +173,14 @@ class Tenant:
         self._few_asked = asked
         self.num_asked = 0
         self.num_tokens = 0
+        self.refusals: list[float] = []  # seconds until each
 
     async def ask(self, stub: pb_grpc.GenerationServiceStub) -> bool:
         """One stream; False if it was refused."""
         self.num_asked += 1
         if self._name == "few":
             self._few_asked[:8] = struct.pack("q", self.num_asked)
-        had = 0
+        start, had = time.monotonic(), 0
         try:
             call = stub.GenerateStream(single(TENANT_TOKENS), metadata=[("x-tenant", self._name)])
             async for message in call:
@@ -186,6 +190,7 @@ class Tenant:
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                 raise
+            self.refusals.append(time.monotonic() - start)
             return False
         return True
 
@@ -194,14 +199,14 @@ class Tenant:
         (few,) = struct.unpack("q", self._few_asked[:8])
         return self._name == "few" or self.num_asked < RATIO * few
 
-    async def keep_asking(self, address: str, streams: int, seconds: float) -> list[int]:
-        """Tokens it got, but for the beginning, and requests it made."""
+    async def keep_asking(self, address: str, streams: int, seconds: float) -> Shares:
+        """What it got, but for the beginning."""
         with streaming(address) as stub:
 
             async def client() -> None:
                 while True:
                     if not self.may_ask() or not await self.ask(stub):
-                        await asyncio.sleep(0.02)
+                        await asyncio.sleep(0.01)
 
             clients = [asyncio.create_task(client()) for _ in range(streams)]
             await asyncio.sleep(seconds / 6)
@@ -213,7 +218,7 @@ class Tenant:
             done = await asyncio.gather(*clients, return_exceptions=True)
             (fault,) = {*map(type, done)}
             assert fault is asyncio.CancelledError, done
-            return [got, self.num_asked]
+            return got, self.num_asked, percentile(self.refusals or [0.0], 50)
 
 
 def tenants(full: bool) -> list[Figure]:
@@ -223,7 +228,7 @@ def tenants(full: bool) -> list[Figure]:
     seconds = 60.0 if full else 15.0
     with serving(*flags) as server, mmap.mmap(-1, 8) as asked:
 
-        def client(name: str, streams: int) -> list[int]:
+        def client(name: str, streams: int) -> Shares:
             return asyncio.run(Tenant(name, asked).keep_asking(server.grpc, streams, seconds))
 
         few, many = apart([lambda: client("few", FEW), lambda: client("many", MANY)])
@@ -231,6 +236,7 @@ def tenants(full: bool) -> list[Figure]:
     return [
         Figure("requests of the tenant that asks more, for each of the other's",
                many[1] / few[1], None),
+        Figure("... refused after, median", 1e3 * many[2], None, " ms"),
         Figure("tokens that the other one gets", percent, 45, " %", least=True, slack=1.2),
         Figure("... at most", percent, 55, " %", slack=1.2),
     ]  # fmt: skip

@@ -87,8 +87,11 @@ def suite(record: Path) -> list[Figure]:
     command = [*enter, sys.executable, "-m", "pytest", "-q", "-m", "not slow"]
     env = os.environ | {audit.VARIABLE: str(record)}
     result = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True)
-    last = result.stdout.splitlines()[-1]
-    print(f"  {last}")
+    lines = result.stdout.splitlines()
+    last = lines[-1]
+    print("\n".join(f"  {line}" for line in lines if line.startswith("FAILED") or line is last))
+    for fault in audit.faults(record):
+        print(f"  {fault}")
     failed = [word for word in last.split(", ") if "failed" in word or "error" in word]
     return [
         Figure("whole suite: tests that fail", sum(int(word.split()[0]) for word in failed), 0),
