@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tgis.sampling.candidates import Candidates, as_array, head, pack
+from tgis.sampling.device import details_of
 from tgis.sampling.warpers import norm_row
 from tgis.types import DetailParams, TokenDetails
 
@@ -46,6 +47,8 @@ def input_details(
     """
     if not len(next_ids):
         return []
+    if logits.device.type != "cpu":
+        return details_of(logits, next_ids, details)
     with np.errstate(all="ignore"):
         rows = list(as_array(logits))
         wanted = [details] * len(rows)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tgis.sampling import device
 from tgis.sampling.candidates import as_array, head, nucleus, pack
 from tgis.sampling.logprobs import Scored, best_of, describe, norms_of, ranks_of
 from tgis.sampling.native import library
@@ -111,10 +112,10 @@ class Sampler:
             return []
         marks = [row.mark() for row in rows]
         try:
-            with np.errstate(all="ignore"):
-                scores = as_array(logits)
-                penalise(scores, rows, self._eos_ids)
-                choices = _choose(list(scores), rows)
+            if logits.device.type == "cpu":
+                choices = self._on_host(rows, logits)
+            else:
+                choices = choose_on_device(rows, logits, self._eos_ids)
             for row, choice in zip(rows, choices, strict=True):
                 if choice.error is None:
                     row.advance(choice.token_id)
@@ -123,6 +124,23 @@ class Sampler:
                 row.rewind(mark)
             raise
         return choices
+
+    def _on_host(self, rows: States, logits: Tensor) -> list[Choice]:
+        with np.errstate(all="ignore"):
+            scores = as_array(logits)
+            penalise(scores, rows, self._eos_ids)
+            return _choose(list(scores), rows)
+
+
+def choose_on_device(states: States, logits: Tensor, eos_ids: Sequence[int]) -> list[Choice]:
+    """As the host does, but for the noise; see `device`."""
+    picked = device.pick(logits.float(), states, eos_ids)
+    return [
+        _FAILED if one is None else Choice(one[0], one[1] if state.details.output else None)
+        for one, state in zip(
+            device.fetch(picked, [state.details for state in states]), states, strict=True
+        )
+    ]
 
 
 def _choose(rows: Rows, states: States) -> list[Choice]:
