@@ -9,8 +9,10 @@ from torch import Tensor
 
 from tgis.adapters.load import Adapter
 from tgis.adapters.prompts import SoftPrompt
+from tgis.clib import BuildError
 from tgis.engines.allocations import failed_allocations
 from tgis.engines.base import CacheShape, EngineCaps
+from tgis.engines.graphs import Capture, DecodeGraphs, batch_sizes, cuda_capture
 from tgis.engines.native_files import opened
 from tgis.engines.placement import HOST, Placement
 from tgis.engines.plan import StepPlan
@@ -66,7 +68,10 @@ def load(
         weights = Weights(checkpoint, spec, names, group.shard, dtype, packing, device)
         attend = None if backend is None else backend.attend
         decoder = Decoder(spec, names, weights, group, dtype, attend, device)
-        return NativeEngine(decoder, 0 if backend is None else backend.block_tokens)
+        engine = NativeEngine(decoder, 0 if backend is None else backend.block_tokens)
+        if backend is not None and backend.replays and device.type == "cuda":
+            engine.capture = cuda_capture()
+        return engine
 
 
 class NativeEngine:
@@ -74,6 +79,9 @@ class NativeEngine:
 
     Args:
         block_tokens: tokens of a block of its cache; 0 = the cache is laid out in rows.
+
+    Attributes:
+        capture: by which decoding steps are captured when the cache is allocated; None = not.
     """
 
     def __init__(self, decoder: Decoder, block_tokens: int = 0) -> None:
@@ -81,6 +89,8 @@ class NativeEngine:
         first, last = decoder.group.shard.kv_heads(spec)
         self._decoder = decoder
         self._num_kv_heads = last - first
+        self.capture: Capture | None = None
+        self._graphs: DecodeGraphs | None = None
         self._block_tokens = block_tokens
         self._cache: RowsCache | BlocksCache | None = None
         self._step: Step | None = None
@@ -119,12 +129,29 @@ class NativeEngine:
             raise ConfigError(
                 f"sequences of {longest} tokens are longer than the model's {limit} positions"
             )
-        self._step = self._cache = None  # what was there goes first
+        self._step = self._cache = self._graphs = None  # what was there goes first
         self._cache = self._new_cache(shape)
         self._step = self._decoder.bind(self._cache)
         if isinstance(spec.positions, Rotary):
             cos, sin = rotary_table(spec.positions, longest)
             self._rotary = cos.to(self._decoder.device), sin.to(self._decoder.device)
+        is_alone = self._decoder.group.shard.world_size == 1
+        if self.capture is not None and shape.max_running and is_alone:
+            self._capture(self.capture, shape)
+
+    @torch.inference_mode()
+    def _capture(self, capture: Capture, shape: CacheShape) -> None:
+        step = self._step
+        assert step is not None
+        self._graphs = DecodeGraphs(
+            lambda inputs: step(inputs, ()),
+            spare_block=shape.num_slots,
+            block_tokens=self._block_tokens,
+            longest=shape.longest,
+            rotary=self._rotary,
+            device=self._decoder.device,
+        )
+        self._graphs.capture(batch_sizes(shape.max_running), capture)
 
     def _new_cache(self, shape: CacheShape) -> RowsCache | BlocksCache:
         spec, dtype = self._decoder.spec, self._decoder.dtype
@@ -132,7 +159,8 @@ class NativeEngine:
         if not self._block_tokens:
             return RowsCache(spec.num_layers, shape.num_slots, *heads, dtype)
         assert shape.slot_tokens == self._block_tokens
-        return BlocksCache(spec.num_layers, shape.num_slots, *heads, dtype, self._decoder.device)
+        num_blocks = shape.num_slots + 1  # one to spare, for rows that fill a batch up
+        return BlocksCache(spec.num_layers, num_blocks, *heads, dtype, self._decoder.device)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Tensor:
@@ -152,6 +180,8 @@ class NativeEngine:
                 lora = self._loras[row.lora].address if row.lora else 0
                 new = (row.slot, row.token_ids, row.start, row.num_logits)
                 tokens.add(*new, prompt, lora, row.block_table)
+            if self._graphs is not None and self._graphs.takes(plan) and not tokens.splices:
+                return self._graphs.run(tokens, len(plan.rows))
             return self._step(tokens.inputs(self._rotary), tokens.splices)
 
     def compile(self, directory: Path) -> bool:
@@ -169,6 +199,8 @@ class NativeEngine:
         from tgis.models.compiled import compiled  # defines operators that nobody else needs
 
         assert self._cache is not None, "allocate comes before compile"
+        if self._block_tokens:
+            raise BuildError("a network with keys and values in blocks is not compiled")
         network, is_new = compiled(self._decoder, directory)
         self._step = self._decoder.bind(self._cache, network)
         return is_new
