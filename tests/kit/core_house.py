@@ -10,6 +10,7 @@ from tests.kit.fake_engine import FakeEngine
 
 from tgis.core.adapters import Adapters
 from tgis.core.budget import PagedBudget
+from tgis.core.kv.blocks import BlocksMemory
 from tgis.core.kv.rows import RowsMemory
 from tgis.core.link import FrontLink
 from tgis.core.loop import Core
@@ -83,7 +84,7 @@ class House:
     core: Core
     engine: FakeEngine
     scheduler: Scheduler
-    memory: RowsMemory
+    memory: RowsMemory | BlocksMemory
     now: list[float]
     fronts: list[Front] = field(default_factory=list)
 
@@ -129,7 +130,10 @@ def open_house(
     fake = FakeEngine()
     fake.allocate(CacheShape(2 * slots, 64))
     engine = engine or fake
-    memory = RowsMemory(2 * slots, tokens, caching=caching)
+    memory: RowsMemory | BlocksMemory = RowsMemory(2 * slots, tokens, caching=caching)
+    if engine.caps.kv_layout == "blocks":
+        size = engine.caps.kv_granule
+        memory = BlocksMemory(slots, tokens // size, size, caching=caching)
     scheduler = Scheduler(
         memory,
         PagedBudget(tokens, horizon=16),
