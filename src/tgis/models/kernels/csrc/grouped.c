@@ -60,12 +60,6 @@ static void vector_block(const struct grouped_args *a, const struct rows *rows, 
       end_row(a, sums[r - begin], r, b * WIDTH, 0);
 }
 
-INLINE void float_row(const struct grouped_args *a, struct rows *rows, int64_t row, int bf16) {
-  float *x = (float *)rows->x + row * a->in;
-  for (int64_t k = 0; k < a->in; k++) x[k] = element(a, row, k, bf16);
-  if (a->shift) sum_units(a, rows, row, bf16);
-}
-
 static void in_vectors(const struct grouped_args *a, struct rows *rows) {
   const int64_t blocks = (a->out_features + WIDTH - 1) / WIDTH;
 #pragma omp parallel
@@ -87,7 +81,7 @@ static void in_vectors(const struct grouped_args *a, struct rows *rows) {
 EXPORT int tgis_linear_grouped(const struct grouped_args *args) {
   const struct grouped_args a = *args;
   const int tiles = a.x_bf16 && tgis_amx(NULL);
-  const int64_t x_bytes = a.rows * a.in * (tiles ? 2 : 4);
+  const int64_t x_bytes = a.rows * a.in * (tiles && !is_lone(&a) ? 2 : 4);
   struct rows rows = {.steps = a.in / STEP, .units = a.in / STEP / a.unit_steps};
   rows.x = malloc(x_bytes + (a.shift ? a.rows * rows.units * 4 : 0) + 64);
   if (!rows.x) return ERROR_MEMORY;

@@ -115,3 +115,13 @@ INLINE void sum_units(const struct grouped_args *a, struct rows *rows, int64_t r
   for (int64_t u = 0; u < rows->units; u++)
     rows->sum[row * rows->units + u] = sum_unit(a, row, u * unit, (u + 1) * unit, bf16);
 }
+
+// A row of x as float32.
+INLINE void float_row(const struct grouped_args *a, struct rows *rows, int64_t row, int bf16) {
+  float *x = (float *)rows->x + row * a->in;
+  for (int64_t k = 0; k < a->in; k++) x[k] = element(a, row, k, bf16);
+  if (a->shift) sum_units(a, rows, row, bf16);
+}
+
+// Whether x is multiplied in vectors even where there are tiles, which do not pay for one row.
+INLINE int is_lone(const struct grouped_args *a) { return a->rows == 1 && a->planes == 1; }

@@ -201,6 +201,50 @@ INLINE int64_t many_rows(const struct grouped_args *a, const struct rows *rows, 
   return configured;
 }
 
+// Adds what a tile would to the sums of 16 output features: a step's even and odd inputs are summed
+// apart, then both together. So a row alone gives the same bits as among others.
+INLINE __m512 add_step(__m512 sums, const uint8_t *q, __m512 values, const float *x) {
+  __m512 even = _mm512_setzero_ps(), odd = even;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512i w = _mm512_loadu_si512(q + 64 * i);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++, x += 2) {
+      const __m512 first = _mm512_permutexvar_ps(_mm512_srli_epi32(w, 4 * j), values);
+      const __m512 second = _mm512_permutexvar_ps(_mm512_srli_epi32(w, 16 + 4 * j), values);
+      even = _mm512_fmadd_ps(first, _mm512_set1_ps(x[0]), even);
+      odd = _mm512_fmadd_ps(second, _mm512_set1_ps(x[1]), odd);
+    }
+  }
+  return _mm512_add_ps(sums, _mm512_add_ps(even, odd));
+}
+
+// Block b of the output features for one row and weights of 4 bits, which become floats in registers.
+INLINE void lone_row(const struct grouped_args *a, const struct rows *rows, int64_t b) {
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const int64_t steps = rows->steps, groups = steps / a->group_steps, unit = a->unit_steps;
+  const uint8_t *q = a->q + b * steps * 2 * HALF_BYTES;
+  const float *x = (const float *)rows->x;
+  float unit_sums[1][WIDTH] __attribute__((aligned(64)));
+  float sums[1][WIDTH] __attribute__((aligned(64))) = {{0}};
+  for (int64_t s = 0; s < steps; s += unit) {
+    __m512 first = _mm512_setzero_ps(), second = first;
+    for (int64_t u = 0; u < unit; u++, x += STEP, q += 2 * HALF_BYTES) {
+      for (int i = 0; i < 2 * HALF_BYTES; i += 64) _mm_prefetch(q + AHEAD + i, _MM_HINT_T0);
+      first = add_step(first, q, values, x);
+      second = add_step(second, q + HALF_BYTES, values, x);
+    }
+    _mm512_store_ps(unit_sums[0], first);
+    _mm512_store_ps(unit_sums[0] + 16, second);
+    const int64_t g = (b * groups + s / a->group_steps) * WIDTH;
+    if (a->shift)
+      add_scaled(sums, unit_sums, 1, a->scale + g, a->shift + g, rows->sum + s / unit, 0);
+    else
+      add_scaled(sums, unit_sums, 1, a->scale + g, NULL, NULL, 0);
+  }
+  end_row(a, sums[0], 0, b * WIDTH, 1);
+}
+
 INLINE void tiled_product(const struct grouped_args *a, const struct rows *rows, int planes) {
   const int64_t blocks = (a->out_features + WIDTH - 1) / WIDTH;
   const int64_t chunk = max64(1, blocks / (8 * omp_get_num_threads()));
@@ -221,7 +265,15 @@ INLINE void tiled_product(const struct grouped_args *a, const struct rows *rows,
   if (configured) _tile_release();
 }
 
+static void lone_product(const struct grouped_args *a, struct rows *rows) {
+  const int64_t blocks = (a->out_features + WIDTH - 1) / WIDTH;
+  float_row(a, rows, 0, 1);
+#pragma omp parallel for schedule(dynamic, max64(1, blocks / (8 * omp_get_max_threads())))
+  for (int64_t b = 0; b < blocks; b++) lone_row(a, rows, b);
+}
+
 static void on_tiles(const struct grouped_args *a, struct rows *rows) {
+  if (is_lone(a)) return lone_product(a, rows);
 #pragma omp parallel
   {
 #pragma omp for
