@@ -123,7 +123,13 @@ def _opened(args: tuple[Any, ...], allowed: tuple[str, ...]) -> str | None:
     path, mode, flags = args
     if not flags & _WRITES and not (mode and set(mode) & set("wxa+")):
         return None
+    if flags & os.O_TMPFILE != os.O_TMPFILE and _is_directory(path):
+        return None  # which cannot succeed
     return _written((path,), allowed)
+
+
+def _is_directory(path: Any) -> bool:
+    return isinstance(path, str | bytes | os.PathLike) and os.path.isdir(path)
 
 
 def _written(args: tuple[Any, ...], allowed: tuple[str, ...]) -> str | None:
@@ -135,7 +141,7 @@ def _written(args: tuple[Any, ...], allowed: tuple[str, ...]) -> str | None:
         if "__pycache__" in name or name.startswith(("/proc/", *_DEVICES)):
             continue
         place = os.path.realpath(os.path.dirname(name))
-        if not os.path.isdir(place) or name == "/":
+        if not os.path.isdir(place):
             continue  # which cannot succeed
         if not any(f"{real}/".startswith(root + "/") for root in allowed for real in (place, name)):
             return name

@@ -27,7 +27,8 @@ FLAGS = ("--max-concurrent-requests", str(PERMITS), "--max-batch-size", "16", "-
 EXPECTED = ("OK", "RESOURCE_EXHAUSTED")
 PROBE_PAUSE = 0.1
 
-TENANT_TOKENS = 400  # long answers keep the clients of 100 times the requests small
+# Long answers keep the clients of 100 times the requests small, but shares take some turns of them.
+TENANT_TOKENS = {True: 400, False: 100}
 FEW, MANY = 20, 64  # streams at once; few, but always more than the half of the batch
 RATIO = 100
 
@@ -112,7 +113,7 @@ def overloaded(full: bool) -> list[Figure]:
     """Peak, then ten times the requests, in two halves."""
     seconds = 60.0 if full else 6.0
     with serving(*FLAGS) as server:
-        apart([work(peak, server.grpc, 3.0)])
+        apart([work(peak, server.grpc, seconds / 3)])  # until its memory has come to its size
         (found,) = apart([work(peak, server.grpc, max(9.0, seconds / 3))])
         best = found["goodput"]
         rate = TIMES * best / NEW_TOKENS
@@ -166,10 +167,12 @@ class Tenant:
 
     Args:
         asked: where all processes can see how often `few` has asked.
+        new_tokens: of each answer.
     """
 
-    def __init__(self, name: str, asked: mmap.mmap) -> None:
+    def __init__(self, name: str, asked: mmap.mmap, new_tokens: int) -> None:
         self._name = name
+        self._request = single(new_tokens)
         self._few_asked = asked
         self.num_asked = 0
         self.num_tokens = 0
@@ -182,7 +185,7 @@ class Tenant:
             self._few_asked[:8] = struct.pack("q", self.num_asked)
         start, had = time.monotonic(), 0
         try:
-            call = stub.GenerateStream(single(TENANT_TOKENS), metadata=[("x-tenant", self._name)])
+            call = stub.GenerateStream(self._request, metadata=[("x-tenant", self._name)])
             async for message in call:
                 if message.generated_token_count:
                     self.num_tokens += message.generated_token_count - had
@@ -225,11 +228,12 @@ def tenants(full: bool) -> list[Figure]:
     """Fair shares."""
     flags = [*FLAGS, "--fair-share-by", "x-tenant"]
     flags[1] = "64"
-    seconds = 60.0 if full else 15.0
+    seconds = 60.0 if full else 20.0
     with serving(*flags) as server, mmap.mmap(-1, 8) as asked:
 
         def client(name: str, streams: int) -> Shares:
-            return asyncio.run(Tenant(name, asked).keep_asking(server.grpc, streams, seconds))
+            tenant = Tenant(name, asked, TENANT_TOKENS[full])
+            return asyncio.run(tenant.keep_asking(server.grpc, streams, seconds))
 
         few, many = apart([lambda: client("few", FEW), lambda: client("many", MANY)])
     percent = 100 * few[0] / (few[0] + many[0])
