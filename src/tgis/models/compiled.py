@@ -62,7 +62,7 @@ class Compiled:
             self._run = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            raise BuildError(f"{library} cannot be loaded: {reason}") from None
+            raise BuildError(f"compiled code cannot be loaded: {reason}") from None
         norms = [norm for block in blocks for norm in (block.attention_norm, block.mlp_norm)]
         self._norms = [x for norm in [*norms, decoder.final_norm] for x in _tensors(norm)]
         parts = ((b.qkv, b.attention_out, b.mlp_in, b.mlp_out) for b in blocks)
