@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tgis.config import Config
-from tgis.engines.placement import HOST, Placement, choose_placement
+from tgis.engines.placement import HOST, Placement, choose_placement, prepare_card
 from tgis.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -51,3 +51,16 @@ def test_what_is_refused(cards: int) -> None:
         assert refusal(device="cuda", num_shard=3) == "3 shards configured but only 2 GPUs detected"
     else:
         assert refusal(device="cuda").startswith("DEVICE = cuda: there is no CUDA device")
+
+
+@pytest.mark.parametrize("given", [None, "max_split_size_mb:128"])
+def test_a_card_is_prepared(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    """PyTorch reads the variable itself; TGIS's own choice stands in where there is none."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", calls.append)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", calls.append)
+    second = torch.device("cuda", 1)
+    config = Config(pytorch_cuda_alloc_conf=given, cuda_process_memory_fraction=0.6)
+    prepare_card(config, second)
+    assert calls == ([] if given else ["expandable_segments:True"]) + [second, 0.6]

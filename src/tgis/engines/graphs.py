@@ -28,7 +28,7 @@ def cuda_capture() -> Capture:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # whatever is compiled or allocated once
@@ -128,8 +128,10 @@ class DecodeGraphs:
         width = -(-self._longest // self._block_tokens)
         tables = inputs.blocks.tables.new_zeros(size, width)
         tables[:, :1] = inputs.blocks.tables
-        lengths = {"num_new": [1] * size, "num_keys": [self._longest] * size}
-        return replace(inputs, blocks=replace(inputs.blocks, tables=tables, **lengths))
+        blocks = replace(
+            inputs.blocks, tables=tables, num_new=[1] * size, num_keys=[self._longest] * size
+        )
+        return replace(inputs, blocks=blocks)
 
 
 def _copy(fixed: StepInputs, inputs: StepInputs) -> None:

@@ -46,7 +46,7 @@ def choose_placement(config: Config) -> Placement:
 def prepare_card(config: Config, device: torch.device) -> None:
     """Make this process use one card, within its share of the card's memory."""
     if config.pytorch_cuda_alloc_conf is None:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     torch.cuda.set_device(device)
     torch.cuda.set_per_process_memory_fraction(config.cuda_process_memory_fraction)
 
