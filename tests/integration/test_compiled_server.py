@@ -55,7 +55,7 @@ async def served(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_a_compiled_model_is_served(demo_model_dir: Path, tmp_path: Path) -> None:
     plain, values, log = await served(demo_model_dir)
     assert not any(values.values())

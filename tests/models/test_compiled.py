@@ -18,7 +18,8 @@ from tgis.models.compiler import LIBRARY, Description
 from tgis.models.decoder import Decoder
 from tgis.models.spec import Norm
 
-pytestmark = pytest.mark.usefixtures("single_thread")
+# Compilers take minutes where many share the cores.
+pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.timeout(600)]
 
 # A topology, norm, activation, multiplier and kind of positions each; to compile one takes seconds.
 SLOW = ("gpt_neox", "bloom", "gpt_bigcode", "granite", "falcon-11b")
