@@ -54,6 +54,23 @@ def test_prompt_lookup() -> None:
     assert drafting.reserved_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_quantised", "most"),
+    [
+        ([], False, 128),
+        (["--quantize", "int8-dynamic"], False, 128),
+        (["--quantize", "int4"], False, 32),
+        ([], True, 32),
+    ],
+)
+def test_steps_with_drafts_are_small_enough_to_be_rounded_alike(
+    flags: list[str], is_quantised: bool, most: int
+) -> None:
+    settings = config("prompt-lookup", *flags)
+    drafting = Drafting(settings, engine(), None, LENGTH, is_quantised)
+    assert drafting.speculation()._most_step_tokens == most
+
+
 def test_a_draft_model_and_its_memory() -> None:
     small = config("/a/model", "--speculate-max-batch-size", "3")
     drafting = Drafting(small, engine(), demo(), LENGTH)

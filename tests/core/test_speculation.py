@@ -48,7 +48,7 @@ class Oracle:
 
 
 def speculation(seed: int = 0, wrong: float = 0.2, most: int = 6, rows: int = 16) -> Speculation:
-    return Speculation(Oracle(seed, wrong), FREE, most, rows)
+    return Speculation(Oracle(seed, wrong), FREE, most, rows, 128)
 
 
 def ask(seq_id: int, prompt: list[int], max_new: int, **sampling: Any) -> Add:
@@ -134,7 +134,8 @@ def test_a_step_that_fails_is_tried_again_without_drafts(tmp_path: Path) -> None
         assert not front.failed
         assert counts(front).num_drafts == 0
         steps = [out.step for out in front.outs if out.step]
-        assert sum(step.num_out_of_memory for step in steps) > 5
+        # Who has failed so is in debt, and waits before the next attempt.
+        assert 1 <= sum(step.num_out_of_memory for step in steps) <= 2
 
 
 def test_choosing_that_fails_among_others_comes_out_the_same(
@@ -232,6 +233,20 @@ def test_drafts_fill_what_prompts_leave_of_a_step() -> None:
     ]
 
 
+def test_no_drafts_in_large_steps() -> None:
+    plan, sequences, driver = planned(3)
+    prompt = Row(99, 9, list(range(120)), 0, Want.LAST)
+    plan.rows.append(prompt)
+    driver.scheduler._max_step_tokens = 1000
+    speculation(wrong=0.0).extend(plan, sequences, driver.scheduler)
+    assert lengths_of(plan) == [4, 1, 0, 0]
+    plan.rows[-1].token_ids += [1] * 6
+    for row in plan.rows:
+        row.drop_drafts()
+    speculation(wrong=0.0).extend(plan, sequences, driver.scheduler)
+    assert lengths_of(plan) == [0, 0, 0, 0]
+
+
 def test_no_drafts_for_large_batches() -> None:
     plan, sequences, driver = planned(3)
     speculation(rows=2).extend(plan, sequences, driver.scheduler)
@@ -240,7 +255,7 @@ def test_no_drafts_for_large_batches() -> None:
 
 def test_no_drafts_where_they_cost_more_than_they_can_give() -> None:
     plan, sequences, driver = planned(2)
-    dear = Speculation(Oracle(wrong=0.0), StepCosts([1, 2, 100], [1.0, 1.0, 300.0]), 6, 16)
+    dear = Speculation(Oracle(wrong=0.0), StepCosts([1, 2, 100], [1.0, 1.0, 300.0]), 6, 16, 128)
     dear.extend(plan, sequences, driver.scheduler)
     assert lengths_of(plan) == [0, 0]
 
@@ -252,7 +267,7 @@ def test_a_draft_that_cannot_be_made_in_time_is_not_made() -> None:
 
     plan, sequences, driver = planned(1)
     costs = StepCosts([1, 2], [1.0, 1.0])
-    Speculation(Slow(), costs, 6, 16).extend(plan, sequences, driver.scheduler)
+    Speculation(Slow(), costs, 6, 16, 128).extend(plan, sequences, driver.scheduler)
     assert lengths_of(plan) == [0]
 
 

@@ -47,7 +47,7 @@ class Lab:
 
     def answers(self, adds: list[Add], drafts: str, tokens: int, cancelled: list[int]) -> Front:
         self.main.allocate(CacheShape(2 * SLOTS, LENGTH))
-        speculation = Speculation(self.drafter(drafts), StepCosts([1], [0.0]), 15, 16)
+        speculation = Speculation(self.drafter(drafts), StepCosts([1], [0.0]), 15, 16, 128)
         with open_house(
             self.directory,
             SLOTS,

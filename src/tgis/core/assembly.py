@@ -58,8 +58,9 @@ def assemble(
         engine = load_sharded(config, files, ranks, progress)
     else:
         engine = load_engine(config, files, progress)
-    drafting = Drafting(config, engine, boot.draft, limits.max_sequence_length)
-    pool = make_pool(engine, config, limits.max_sequence_length, drafting.reserved_bytes)
+    length, is_quantised = limits.max_sequence_length, files.quantization is not None
+    drafting = Drafting(config, engine, boot.draft, length, is_quantised)
+    pool = make_pool(engine, config, length, drafting.reserved_bytes)
     compilation = compile_engine(engine, config, pool, limits.max_sequence_length)
     scheduler = Scheduler(
         pool.memory,

@@ -19,6 +19,10 @@ from tgis.types import ModelFiles
 
 log = logging.getLogger(__name__)
 
+# Tokens of a step up to which each is rounded as it would be alone, where kernels are our own; of
+# weights of few bits that are scaled afterwards, and of others.
+SCALED_TOKENS, MOST_TOKENS = 32, 128
+
 
 class Drafting:
     """Made in two parts, because a draft model takes memory before the rest of it is dealt out.
@@ -27,6 +31,7 @@ class Drafting:
         engine: of the model that is served.
         files: of the draft model that `--speculate` names; None = it names none.
         length: tokens of the longest sequence.
+        is_quantised: the model's files are.
 
     Raises:
         ConfigError: the engine cannot verify drafts, or the draft model cannot be loaded.
@@ -36,8 +41,15 @@ class Drafting:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, files: ModelFiles | None, length: int
+        self,
+        config: Config,
+        engine: Engine,
+        files: ModelFiles | None,
+        length: int,
+        is_quantised: bool = False,
     ) -> None:
+        is_scaled = is_quantised or config.quantize in ("int8", "int4")
+        self._most_step_tokens = SCALED_TOKENS if is_scaled else MOST_TOKENS
         self._config = config
         self._engine = engine
         self._length = length
@@ -73,7 +85,7 @@ class Drafting:
             config.speculate_tokens,
             config.speculate_max_batch_size,
         )
-        most = config.speculate_tokens, config.speculate_max_batch_size
+        most = config.speculate_tokens, config.speculate_max_batch_size, self._most_step_tokens
         return Speculation(drafter, costs, *most)
 
 

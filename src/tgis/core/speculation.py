@@ -107,23 +107,33 @@ class Speculation:
         costs: of steps.
         most_tokens: of one draft.
         most_rows: of a step that gets drafts.
+        most_step_tokens: of such a step; larger ones may be computed by other kernels, which round
+            differently.
     """
 
     def __init__(
-        self, drafter: Drafter | None, costs: StepCosts, most_tokens: int, most_rows: int
+        self,
+        drafter: Drafter | None,
+        costs: StepCosts,
+        most_tokens: int,
+        most_rows: int,
+        most_step_tokens: int,
     ) -> None:
         self._drafter = drafter
         self._costs = costs
         self._most_tokens = most_tokens
         self._most_rows = most_rows
+        self._most_step_tokens = most_step_tokens
         self._accounts: dict[int, Account] = {}  # by uid
         self._costs_now: dict[int, float] = {}  # by uid: of the drafts under way
         self._counts = DraftCounts()
 
     def extend(self, plan: StepPlan, sequences: Mapping[int, Sequence], room: Scheduler) -> None:
         """Add drafts to the rows of a plan that wait for their next token only."""
-        self._costs_now.clear()
+        self._settle_failed()
         if self._drafter is None or len(plan.rows) > self._most_rows:
+            return
+        if plan.num_tokens >= self._most_step_tokens:
             return
         waiting = [row for row in plan.rows if len(row.token_ids) == 1 and row.want is Want.LAST]
         asking = [
@@ -136,7 +146,9 @@ class Speculation:
         if not asking:
             return
         drafts = self._drafter.draft([(seq, length) for _, seq, length in asking])
+        price = _Price(self._costs, self._drafter, plan, len(waiting), sum(map(bool, drafts)))
         for (row, seq, _), draft in zip(asking, drafts, strict=True):
+            del draft[max(0, self._most_step_tokens - plan.num_tokens) :]
             del draft[room.room_for_drafts(seq, plan, len(draft)) :]
             if draft:
                 self._costs_now[seq.uid] = price.of(len(draft))
@@ -149,7 +161,7 @@ class Speculation:
         self._counts.num_drafted += num_drafted
         self._counts.num_accepted += num_accepted
         if (account := self._accounts.get(seq.uid)) is not None:
-            account.note(num_drafted, num_accepted, self._costs_now.get(seq.uid, 0.0))
+            account.note(num_drafted, num_accepted, self._costs_now.pop(seq.uid, 0.0))
 
     def forget(self, uid: int) -> None:
         """This sequence has ended."""
@@ -160,6 +172,13 @@ class Speculation:
         """What has been counted since the last call."""
         counts, self._counts = self._counts, DraftCounts()
         return counts
+
+    def _settle_failed(self) -> None:
+        """Drafts of which nothing was heard have cost a step that failed, besides."""
+        for uid, cost in self._costs_now.items():
+            if (account := self._accounts.get(uid)) is not None:
+                account.note(1, 0, 1.0 + cost)
+        self._costs_now.clear()
 
     def _length(self, seq: Sequence) -> int:
         """How many drafts a sequence may have now."""
@@ -172,4 +191,4 @@ class Speculation:
         return max(0, min(account.length(seq.num_generated), seq.num_remaining - 1))
 
 
-NO_SPECULATION = Speculation(None, StepCosts([1], [0.0]), 0, 0)
+NO_SPECULATION = Speculation(None, StepCosts([1], [0.0]), 0, 0, 0)
