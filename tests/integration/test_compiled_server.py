@@ -47,7 +47,7 @@ def metrics(server: Server) -> dict[str, float]:
 async def served(
     model: Path, *flags: str, env: dict[str, str] | None = None
 ) -> tuple[list[object], dict[str, float], str]:
-    with run_server(model, *FLAGS, *flags, env=env) as server:
+    with run_server(model, *FLAGS, *flags, env=env, ready_seconds=600) as server:
         found = await answers(server)
         if flags:  # these come with the front's next look at the core's state
             await until(lambda: metrics(server)["tgi_compile_warmup_seconds"])

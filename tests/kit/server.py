@@ -162,7 +162,10 @@ def start_server(
 
 @contextmanager
 def run_server(
-    model: Path | str, *flags: str, env: dict[str, str] | None = None
+    model: Path | str,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    ready_seconds: float = READY_SECONDS,
 ) -> Iterator[Server]:
     """A ready server for the length of a block; SIGTERM must then end it with exit code 0.
 
@@ -170,11 +173,12 @@ def run_server(
         model: a directory or name, as for `tgis serve`.
         flags: further command line flags.
         env: variables on top of an environment that configures nothing.
+        ready_seconds: that it may take to become ready.
     """
     with tempfile.TemporaryDirectory(prefix="tgis-test-") as name:
         server = start_server(model, Path(name), *flags, env=env)
         try:
-            server.wait_ready()
+            server.wait_ready(ready_seconds)
             yield server
             if server.process.poll() is not None:
                 code = server.process.returncode
