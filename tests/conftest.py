@@ -20,14 +20,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 # On for the whole suite, also in the servers that `tests.kit.server` starts.
+WATCHED_ALREADY = audit.VARIABLE in os.environ  # by whoever has started this
 os.environ.setdefault(audit.VARIABLE, tempfile.mkstemp(prefix="tgis-audit-")[1])
 RECORD = Path(os.environ[audit.VARIABLE])
 audit.install(RECORD)
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail for what nobody may do, also if no test has."""
+    if exitstatus == pytest.ExitCode.OK and audit.faults(RECORD):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_unconfigure() -> None:
     """Leave nothing behind."""
-    RECORD.unlink(missing_ok=True)
+    if not WATCHED_ALREADY:
+        RECORD.unlink(missing_ok=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
