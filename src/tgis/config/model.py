@@ -260,7 +260,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     attention: Annotated[
-        Literal["varlen", "flash_attn", "flashinfer", "flex", "reference"] | None,
+        Literal["varlen", "flash_attn", "flashinfer", "triton", "flex", "reference"] | None,
         Setting(
             MEMORY,
             "what attends over blocks in the native engine",

@@ -169,15 +169,16 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_the_best_back_end_that_fits_is_chosen(installed: set[str]) -> None:
     assert choose_backend(None, needs()).name == "varlen"
     assert choose_backend(None, needs(alibi=True)).name == "flash_attn"
-    assert choose_backend(None, needs(dtype=torch.float32)).name == "flex"
-    assert choose_backend(None, needs(head_dim=260)).name == "flex"
+    assert choose_backend(None, needs(dtype=torch.float32)).name == "triton"
+    assert choose_backend(None, needs(head_dim=260)).name == "triton"
     installed -= {"flash_attn_interface"}
     assert choose_backend(None, needs()).name == "flash_attn"
     installed -= {"flash_attn"}
     assert choose_backend(None, needs()).name == "flashinfer"
-    assert choose_backend(None, needs(alibi=True)).name == "flex"
+    assert choose_backend(None, needs(alibi=True)).name == "triton"
     installed -= {"flashinfer"}
-    assert choose_backend(None, needs()).name == "flex"
+    assert choose_backend(None, needs()).name == "triton"
+    assert choose_backend("flex", needs()).name == "flex"
     installed.clear()
     assert choose_backend(None, needs()).name == "reference"
     assert choose_backend(None, needs(device=CPU)).name == "reference"

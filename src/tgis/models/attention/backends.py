@@ -83,6 +83,16 @@ def _compiled(needs: Needs) -> str:
     return ""
 
 
+def _triton(needs: Needs) -> str:
+    return "it needs a CUDA device" if needs.device.type != "cuda" else _compiled(needs)
+
+
+def _load_paged() -> Attend:
+    from tgis.models.attention.paged import attend_paged  # imports triton
+
+    return attend_paged
+
+
 BACKENDS: dict[str, Backend] = {
     "varlen": Backend(load_varlen, _varlen, 64, True),
     "flash_attn": Backend(
@@ -94,6 +104,7 @@ BACKENDS: dict[str, Backend] = {
     "flashinfer": Backend(
         load_flashinfer, lambda needs: _flash(needs, "flashinfer", "flashinfer"), 16, False
     ),
+    "triton": Backend(_load_paged, _triton, 64, True),
     "flex": Backend(load_flex, _compiled, 128, True),
     "reference": Backend(lambda: attend_reference, lambda needs: "", 16, False),
 }
