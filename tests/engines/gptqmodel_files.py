@@ -1,4 +1,4 @@
-"""Checkpoints made and read by GPTQModel, in an environment of its own.
+"""Checkpoints made by GPTQModel, and read by it and Transformers, in an environment of its own.
 
 The virtual environment is made once and kept in the user's cache directory; the variable
 TGIS_GPTQMODEL_PYTHON names the interpreter of another.
@@ -14,7 +14,7 @@ import pytest
 from tests.engines.optimum_files import INSTALL_SECONDS, reason, run
 
 BUILD = ("torch==2.13.0", "setuptools>=77", "wheel", "ninja")
-LIBRARY = ("gptqmodel==7.6.0", "torch==2.13.0", "transformers>=5.10,<6")
+LIBRARY = ("gptqmodel==7.6.0", "torch==2.13.0", "transformers>=5.10,<6", "optimum>=2.3,<3")
 SECONDS = 600
 # The library wants more cores than there may be.
 MAKE = """
@@ -22,13 +22,16 @@ import os, sys
 os.cpu_count = lambda: 8
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.utils.backend import BACKEND
 source, target, text, bits, group_size, desc_act, layout = sys.argv[1:]
+awq = layout == "gemm"
 config = QuantizeConfig(
-    bits=int(bits), group_size=int(group_size), desc_act=desc_act == "yes", format=layout,
-    device="cpu",
+    method="awq" if awq else "gptq", format=layout, bits=int(bits), group_size=int(group_size),
+    desc_act=desc_act == "yes", device="cpu",
 )
 model = GPTQModel.load(source, config)
-model.quantize(open(text).read().split("\\n\\n"), batch_size=1)
+backend = BACKEND.AWQ_TORCH if awq else BACKEND.AUTO
+model.quantize(open(text).read().split("\\n\\n"), batch_size=1, backend=backend)
 model.save(target)
 """
 READ = """
@@ -39,6 +42,18 @@ from gptqmodel import GPTQModel
 from gptqmodel.utils.backend import BACKEND
 source, ids, target = sys.argv[1:]
 model = GPTQModel.load(source, device="cpu", backend=BACKEND.TORCH).model
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([json.loads(ids)])).logits[0].float()
+torch.save(logits, target)
+"""
+READ_BY_TRANSFORMERS = """
+import json, os, sys
+os.cpu_count = lambda: 8
+import torch, transformers
+source, ids, target = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    source, dtype=torch.float32, device_map="cpu"
+)
 with torch.no_grad():
     logits = model(input_ids=torch.tensor([json.loads(ids)])).logits[0].float()
 torch.save(logits, target)
@@ -70,12 +85,20 @@ def quantise_with_gptqmodel(source: Path, target: Path, text: Path, *options: st
     """Let GPTQModel make a checkpoint.
 
     Args:
-        options: bits, group size, order of activation ("yes" or "no"), format.
+        options: bits, group size, order of activation ("yes" or "no"), format; "gemm" is AWQ's.
     """
     words = [str(source), str(target), str(text), *options]
-    run([str(gptqmodel_python()), "-c", MAKE, *words], SECONDS)
+    run([str(gptqmodel_python()), "-c", MAKE, *words], SECONDS, target.parent)
 
 
 def logits_of_gptqmodel(source: Path, ids: str, target: Path) -> None:
     """Let GPTQModel compute a checkpoint's logits for a JSON list of ids, and save them."""
-    run([str(gptqmodel_python()), "-c", READ, str(source), ids, str(target)], SECONDS)
+    run(
+        [str(gptqmodel_python()), "-c", READ, str(source), ids, str(target)], SECONDS, target.parent
+    )
+
+
+def logits_of_transformers(source: Path, ids: str, target: Path) -> None:
+    """The same by Transformers, which asks GPTQModel for its layers."""
+    command = [str(gptqmodel_python()), "-c", READ_BY_TRANSFORMERS, str(source), ids, str(target)]
+    run(command, SECONDS, target.parent)

@@ -60,9 +60,18 @@ def export_with_optimum(source: Path, target: Path, task: str, *, merge: bool = 
     run([str(optimum_python()), "-c", SCRIPT, *words], EXPORT_SECONDS)
 
 
-def run(command: list[str], seconds: int) -> None:
+def run(command: list[str], seconds: int, directory: Path | None = None) -> None:
+    """Run a command in a directory, for what it leaves where it runs."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds, env=clean)
+    subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=clean,
+        cwd=directory,
+    )
 
 
 def reason(error: Exception) -> str:
