@@ -32,7 +32,7 @@ def cell(figures: dict[str, float] | None) -> str:
 
 def milliseconds(value: float) -> str:
     """A time, or that nobody told it."""
-    return "–" if math.isnan(value) else f"{value:.3g}"
+    return "–" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(result: Result) -> list[str]:
