@@ -122,3 +122,11 @@ def test_a_length_that_does_not_fit_is_refused() -> None:
     engine = FakeEngine()
     with pytest.raises(ConfigError, match="--max-sequence-length 2000000"):
         make_pool(engine, Config(kv_cache_memory=10**6), 2_000_000)
+
+
+@pytest.mark.parametrize("layout", ["rows", "blocks"])
+def test_a_step_has_more_tokens_than_a_batch_has_sequences(
+    layout: Literal["rows", "blocks"],
+) -> None:
+    with pytest.raises(ConfigError, match="MAX_STEP_TOKENS = 8: must exceed the 8 sequences"):
+        pool_of(layout, block_tokens=16, max_batch_size=8, max_step_tokens=8)

@@ -18,6 +18,7 @@ from tgis.core.memory import (
 )
 from tgis.engines.base import CacheShape, Engine
 from tgis.engines.meters import meter_of
+from tgis.errors import ConfigError
 from tgis.types import ModelKind
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def make_pool(
         reserved_bytes: of the memory for keys and values, what is needed elsewhere.
 
     Raises:
-        ConfigError: a sequence of full length does not fit.
+        ConfigError: a sequence of full length does not fit, or a step has too few tokens.
     """
     layouts = {"rows": _rows, "blocks": _blocks, "padded": _padded}
     if config.kv_cache_memory is not None:
@@ -153,4 +154,9 @@ def _step_tokens(engine: Engine, config: Config, max_running: int, length: int) 
     """So many that no prompt is ever cut, where the engine cannot compute it in chunks."""
     if not engine.caps.chunked_prefill:
         return max_running * (length + 1)
+    if config.max_step_tokens is not None and config.max_step_tokens <= max_running:
+        raise ConfigError(
+            f"MAX_STEP_TOKENS = {config.max_step_tokens}: must exceed the {max_running} sequences"
+            " of a batch (MAX_BATCH_SIZE), or prompts could wait for ever"
+        )
     return config.max_step_tokens or max(DEFAULT_STEP_TOKENS, 2 * max_running)
