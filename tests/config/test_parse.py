@@ -234,7 +234,8 @@ def test_what_is_refused_is_refused_by_name(name):
 
 def test_mlp_speculators_are_refused_and_their_batch_limit_is_ours():
     assert {"speculator_name", "speculator_n_candidates"} <= REFUSED
-    with pytest.raises(ConfigError, match=r"--speculator-name=fms.*--speculate takes prompt-lookup"):
+    wanted = r"--speculator-name=fms.*--speculate takes prompt-lookup"
+    with pytest.raises(ConfigError, match=wanted):
         parse(["--speculator-name", "fms"], {}, SERVE)
     assert parse([], {"SPECULATOR_MAX_BATCH_SIZE": "4"}, SERVE).speculate_max_batch_size == 4
 
