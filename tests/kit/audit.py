@@ -13,10 +13,12 @@ import io
 import ipaddress
 import os
 import pickle
+import socket
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,20 @@ def _is_here(host: object) -> bool:
     """Whether a host is this machine; "" and None are addresses to listen on."""
     address = _address(host)
     return host in (None, "", b"", "localhost", b"localhost") or (
-        address is not None and (address.is_loopback or address.is_unspecified)
+        address is not None and (address.is_loopback or address.is_unspecified or _is_ours(address))
     )
+
+
+@cache
+def _is_ours(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an interface of this machine has it: Ray tells ranks such a one to meet at."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
 
 
 def _address(host: object) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
