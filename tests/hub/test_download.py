@@ -521,4 +521,5 @@ def test_a_disk_that_is_too_small(hub: Hub, cache: Path, known: bool) -> None:
     assert done.returncode == 1
     assert f"no room in {root(cache) / 'blobs'}: " in done.stderr
     assert ("bytes are needed, " in done.stderr) is known
-    assert int(done.stdout.splitlines()[-1]) == (not known)
+    begun = int(done.stdout.splitlines()[-1])  # a small file may have been on its way too
+    assert begun == 0 if known else begun >= 1
