@@ -110,4 +110,4 @@ integration-tests: build-test-image ## Run the integration tests in a container
 		$(if $(TGIS_SHARED),--volume $(TGIS_SHARED):/shared:ro --env TGIS_SHARED=/shared) $(TESTS)
 
 clean: ## Remove the environment and all caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .hypothesis

@@ -28,7 +28,7 @@ SITE = Path(__file__).with_name("site")  # makes every process of a server insta
 ROOT = Path(__file__).resolve().parents[2]
 
 # Of a developer's checkout: caches of tools, and what is built.
-_IN_CHECKOUT = (".hypothesis", ".pytest_cache", ".ruff_cache", ".mypy_cache", "build")
+_IN_CHECKOUT = (".hypothesis", ".ruff_cache", ".mypy_cache", "build")
 # Ray is a cluster of its own beside the servers that it starts, and never in one.
 _BESIDE = "/site-packages/ray/"
 _DEVICES = ("/dev/null", "/dev/tty", "/dev/shm/", "/dev/std", "/dev/termination-log")
