@@ -28,6 +28,7 @@ struct linear_args {
 #define X_BYTES (1 << 20)  // of x that are worked on together, and stay in the second cache
 #define MAX_TOGETHER 512   // rows of these
 #define STRIP_STEPS 8      // of 2 KiB of weights, which stay in the first cache
+#define AHEAD (8 << 10)    // bytes of weights that are asked for in advance, into the second cache
 
 // Tiles 0, 1: sums of the first 16 rows by 2 x 16 outputs; 2, 3: of the next 16 rows. 4, 5: x of
 // these rows; 6, 7: weights.
@@ -42,8 +43,14 @@ static void configure(int64_t rows) {
   _tile_loadconfig(&shapes);
 }
 
-INLINE void prefetch(const char *p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+// Products of two tiles of rows take so long that memory would stand idle; one tile of int8 does not,
+// and is served best by asking for a step's lines at once, before tile by tile.
+INLINE void prefetch(const char *w, int64_t bytes, int ahead) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    if (ahead)
+      _mm_prefetch(w + AHEAD + i, _MM_HINT_T1);
+    else
+      _mm_prefetch(w + i, _MM_HINT_T0);
 }
 
 // What one product reads: the same for all threads. Few rows of x are read where they lie, a step
@@ -78,7 +85,7 @@ INLINE void add_tiles(const struct operands *o, const char *x, const char *w, in
     }
   }
   for (int64_t k = 0; k < steps; k++, x += o->x_step, w += 16 * stride) {
-    if (cold) prefetch(w, 16 * stride);  // all lines of the step at once, before tile by tile
+    if (cold) prefetch(w, 16 * stride, two || !int8);
     _tile_loadd(4, x, o->x_stride);
     if (two) _tile_loadd(5, x + 16 * o->row_bytes, o->x_stride);
     _tile_loadd(6, w, stride);
