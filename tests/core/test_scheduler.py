@@ -163,6 +163,20 @@ def test_prompts_take_little_of_a_step_in_which_others_decode() -> None:
     assert set(driver.done) == {1, 2, 3}
 
 
+def test_a_step_in_which_others_decode_is_a_small_one_but_half_of_it_is_for_prompts() -> None:
+    driver = Driver.make(slots=8, budget=32, mixed_step=10)
+    for number in range(1, 8):
+        driver.add(request(number, prompt_len=4, max_new=30))
+    assert [row.num_tokens for row in driver.step().rows] == [4] * 7  # nobody waits for it
+    driver.add(request(8, prompt_len=12, max_new=30))
+    assert [row.num_tokens for row in driver.step().rows] == [1] * 7 + [5]
+    for number in range(1, 6):
+        driver.drop(number)
+    assert [row.num_tokens for row in driver.step().rows] == [1, 1, 7]
+    driver.run()
+    assert set(driver.done) == {6, 7, 8}
+
+
 def test_a_budget_that_running_sequences_would_use_up_is_refused() -> None:
     with pytest.raises(ValueError, match="max_step_tokens 4"):
         Driver.make(slots=4, budget=4)
@@ -176,6 +190,7 @@ def test_any_interleaving_keeps_the_accounts_and_the_tokens(data: st.DataObject)
         tokens=data.draw(st.integers(40, 120)),
         budget=data.draw(st.integers(6, 40)),
         mixed=data.draw(st.none() | st.integers(1, 9)),
+        mixed_step=data.draw(st.none() | st.integers(1, 20)),
     )
     adds: dict[int, Add] = {}
     for number in range(data.draw(st.integers(1, 60))):

@@ -61,6 +61,7 @@ class Driver:
         caching: bool = True,
         horizon: float = 16,
         mixed: int | None = None,
+        mixed_step: int | None = None,
     ) -> "Driver":
         """Rows, or blocks of `block_tokens`."""
         memory: KvMemory
@@ -76,6 +77,7 @@ class Driver:
             PagedBudget(memory.total, horizon=horizon),
             max_step_tokens=budget,
             max_mixed_tokens=mixed,
+            mixed_step_tokens=mixed_step,
             max_running=slots,
             eos_token_ids=[eos],
         )

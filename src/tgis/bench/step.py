@@ -122,6 +122,7 @@ class StepBench:
             pool.budget,
             max_step_tokens=pool.max_step_tokens,
             max_mixed_tokens=config.max_mixed_tokens,
+            mixed_step_tokens=pool.mixed_step_tokens,
             max_running=pool.max_running,
             eos_token_ids=files.eos_token_ids,
         )

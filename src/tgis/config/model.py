@@ -231,7 +231,8 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
             LIMITS,
             "of those, tokens of prompts at most where other sequences wait for their next token",
             check=at_least(1),
-            unset="no limit of its own; about 100 keeps streams even when many prompts come",
+            unset="what they leave of 256 tokens on a CPU, and at least 128; about 100 keeps"
+            " streams even when many prompts come",
         ),
     ] = None
     prefix_caching: Annotated[

@@ -67,6 +67,7 @@ def assemble(
         pool.budget,
         max_step_tokens=pool.max_step_tokens,
         max_mixed_tokens=config.max_mixed_tokens if engine.caps.chunked_prefill else None,
+        mixed_step_tokens=pool.mixed_step_tokens,
         max_running=pool.max_running,
         eos_token_ids=files.eos_token_ids,
     )

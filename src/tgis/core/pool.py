@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 DEFAULT_MAX_RUNNING = 128
 DEFAULT_MAX_RUNNING_PADDED = 12  # as TGIS
 DEFAULT_STEP_TOKENS = 512
+# Where prompts are computed beside streams: on a CPU their tokens cost no more in steps of 256, and
+# the streams' gaps are half as long.
+MIXED_STEP_TOKENS = {"cpu": 256}
 # Rows per running sequence: one more of each for the cache. They cost address space only.
 ROWS_PER_SEQUENCE = 2
 # Steps that admission looks ahead; see docs/batching.md for the comparison of policies.
@@ -39,6 +42,7 @@ class Pool(NamedTuple):
     budget: Budget
     max_running: int
     max_step_tokens: int
+    mixed_step_tokens: int | None  # None = no other limit
 
 
 def make_pool(
@@ -77,7 +81,7 @@ def _rows(engine: Engine, config: Config, length: int, reserved_bytes: int) -> P
         elsewhere=engine.caps.memory_elsewhere,
     )
     memory = RowsMemory(num_rows, total, granule=granule, caching=_caching(engine, config))
-    return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)
+    return Pool(memory, _paged_budget(memory), max_running, max_step_tokens, _mixed(engine))
 
 
 def _blocks(engine: Engine, config: Config, length: int, reserved_bytes: int) -> Pool:
@@ -105,7 +109,7 @@ def _blocks(engine: Engine, config: Config, length: int, reserved_bytes: int) ->
     num_blocks = total // block_tokens
     engine.allocate(CacheShape(num_blocks, block_tokens, length, max_running))
     memory = BlocksMemory(max_running, num_blocks, block_tokens, caching=_caching(engine, config))
-    return Pool(memory, _paged_budget(memory), max_running, max_step_tokens)
+    return Pool(memory, _paged_budget(memory), max_running, max_step_tokens, _mixed(engine))
 
 
 def _padded(engine: Engine, config: Config, length: int, reserved_bytes: int) -> Pool:
@@ -124,7 +128,8 @@ def _padded(engine: Engine, config: Config, length: int, reserved_bytes: int) ->
         max_prefill_padding=config.max_prefill_padding,
         max_waiting_tokens=config.max_waiting_tokens,
     )
-    return Pool(memory, budget, max_running, _step_tokens(engine, config, max_running, length))
+    max_step_tokens = _step_tokens(engine, config, max_running, length)
+    return Pool(memory, budget, max_running, max_step_tokens, _mixed(engine))
 
 
 def _padded_model(engine: Engine, config: Config, max_running: int, length: int) -> PaddedModel:
@@ -160,3 +165,7 @@ def _step_tokens(engine: Engine, config: Config, max_running: int, length: int) 
             " of a batch (MAX_BATCH_SIZE), or prompts could wait for ever"
         )
     return config.max_step_tokens or max(DEFAULT_STEP_TOKENS, 2 * max_running)
+
+
+def _mixed(engine: Engine) -> int | None:
+    return MIXED_STEP_TOKENS.get(engine.caps.device) if engine.caps.chunked_prefill else None

@@ -36,7 +36,9 @@ class Scheduler:
         max_step_tokens: new tokens that one step computes at most. An engine that cannot compute a
             prompt in chunks needs so many that none is ever cut.
         max_mixed_tokens: new tokens of prompts that a step computes at most beside sequences that
-            wait for their next token; None = no limit of its own.
+            wait for their next token; None = what those leave of `mixed_step_tokens`, and at least
+            half of it.
+        mixed_step_tokens: None = `max_step_tokens`.
         max_running: sequences that hold memory at the same time at most.
         eos_token_ids: any of them ends a sequence.
     """
@@ -48,6 +50,7 @@ class Scheduler:
         *,
         max_step_tokens: int,
         max_mixed_tokens: int | None = None,
+        mixed_step_tokens: int | None = None,
         max_running: int,
         eos_token_ids: Iterable[int],
     ) -> None:
@@ -56,7 +59,8 @@ class Scheduler:
         self._memory = memory
         self._budget = budget
         self._max_step_tokens = max_step_tokens
-        self._max_mixed_tokens = max_mixed_tokens or max_step_tokens
+        self._max_mixed_tokens = max_mixed_tokens
+        self._mixed_step_tokens = mixed_step_tokens or max_step_tokens
         self._max_running = max_running
         self._eos = frozenset(eos_token_ids)
         self._waiting = Waiting()
@@ -144,7 +148,7 @@ class Scheduler:
                 rows.append(row)
         budget = self._max_step_tokens - len(rows)
         if rows:
-            budget = min(budget, self._max_mixed_tokens)
+            budget = min(budget, self._beside(len(rows)))
         for seq in prompts:
             if budget and seq.slot >= 0:
                 budget -= _add_chunk(seq, budget, rows)
@@ -218,6 +222,12 @@ class Scheduler:
         if not self._running and memory.used:
             return f"{memory.used} tokens used by nobody"
         return memory.check()
+
+    def _beside(self, num_rows: int) -> int:
+        """New tokens of prompts beside so many sequences that wait for their next token."""
+        if self._max_mixed_tokens is not None:
+            return self._max_mixed_tokens
+        return max(self._mixed_step_tokens - num_rows, self._mixed_step_tokens // 2)
 
     def _may_admit(self) -> bool:
         return bool(self._waiting) and len(self._running) < self._max_running and not self._no_room
