@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tgis.errors import ModelError
+from tgis.quant import tiles
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +124,7 @@ def packed(weight: Tensor, bias: Tensor | None = None) -> Linear:
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
-    def linear(x: Tensor) -> Tensor:
-        y: Tensor = multiply(x, blocked, bias, "none", [], "")
-        return y
-
-    return linear
+    return partial(tiles.multiplied, lambda x: multiply(x, blocked, bias, "none", [], ""))
 
 
 @lru_cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tgis.models import kernels
+from tgis.quant import tiles
 
 MANY_ROWS = 128
 """Above so many rows of bfloat16 oneDNN's product is the faster one ..."""
@@ -47,8 +48,9 @@ def bf16_linear(
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def onednn(x: Tensor) -> Tensor:
-        y: Tensor = multiply(x, blocked, bias, "none", [], "")
-        return y.to(out_dtype)
+        return tiles.multiplied(lambda x: multiply(x, blocked, bias, "none", [], ""), x).to(
+            out_dtype
+        )
 
     if ours is None:
         return onednn
@@ -89,9 +91,12 @@ def int8_linear(
     def onednn(x: Tensor) -> Tensor:
         # oneDNN knows one scale for all of x: it gets 1, and the rows' own scales come afterwards.
         rows, row_scale = kernels.quantize_rows(x)
-        y: Tensor = multiply(
-            *(rows, 1.0, 0, blocked, scale, zero_points),
-            *(None, 1.0, 0, x.dtype, "none", [], ""),  # no bias, output not scaled, no activation
+        y = tiles.multiplied(
+            lambda rows: multiply(
+                *(rows, 1.0, 0, blocked, scale, zero_points),
+                *(None, 1.0, 0, x.dtype, "none", [], ""),  # no bias, no scale, no activation
+            ),
+            rows,
         )
         return kernels.scale_rows_(y, row_scale, bias).to(out_dtype)
 

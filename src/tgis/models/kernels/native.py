@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tgis.models.kernels.build import find_or_compile
+from tgis.quant import tiles
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -61,7 +62,9 @@ def timing() -> Timing | None:
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return _recording[0].empty(shape, dtype) if _recording else torch.empty(shape, dtype=dtype)
+    if _recording:
+        return _recording[0].empty(shape, dtype)
+    return tiles.empty(*shape, dtype) if len(shape) == 2 else torch.empty(shape, dtype=dtype)
 
 
 _LIBRARY = ctypes.CDLL(str(find_or_compile()))
