@@ -18,6 +18,7 @@ from .figures import AT_LEISURE, Figure, Promise
 from .house import (
     GENERATE_STREAM,
     TEXT,
+    compute_every_size,
     finish,
     gauge,
     pid_of,
@@ -171,6 +172,7 @@ def figures_of(server: Server, directory: str, full: bool) -> list[Figure]:
     front = pid_of(server, "front")
     steps = asyncio.run(steps_after_cancel(server, 20 if full else 5))
     empty = idle_census(server, directory)
+    asyncio.run(compute_every_size(server.grpc))
     asyncio.run(storm(server.grpc, warm_up, 0))
     break_off(server.grpc, AT_ONCE)
     memory, files = memory_of(server), open_files(front)

@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import random
 import threading
 import time
 import traceback
@@ -130,6 +131,24 @@ async def finish(call: grpc.aio.UnaryStreamCall) -> Ended:
     except asyncio.CancelledError:
         return Ended(time.monotonic(), grpc.StatusCode.CANCELLED, "", {}, text, num_tokens)
     return Ended(time.monotonic(), await call.code(), "", {}, text, num_tokens)
+
+
+LONGEST_STEP = 512  # tokens
+
+
+async def compute_every_size(address: str) -> None:
+    """Prompts of every length, so that steps of every size have been computed.
+
+    The libraries behind a layer compile code for a size when they meet it, and keep it: one late
+    newcomer is 2 MB, and would be taken for a leak.
+    """
+    rng = random.Random(0)
+    with streaming(address) as stub:
+        for length in range(1, LONGEST_STEP + 1):
+            words = (rng.choice(["dog", "girl", "park", "tree", "ball"]) for _ in range(length))
+            request = single(1, " ".join(words))
+            request.params.truncate_input_tokens = length
+            await finish(stub.GenerateStream(request))
 
 
 async def begin(stub: pb_grpc.GenerationServiceStub, request: pb.SingleGenerationRequest):  # type: ignore[no-untyped-def]

@@ -19,7 +19,18 @@ from tgis.proto import generation_pb2 as pb
 from tgis.proto import generation_pb2_grpc as pb_grpc
 
 from .figures import AT_LEISURE, Figure, Promise
-from .house import TEXT, gauge, holdings, pid_of, rss, serving, single, streaming, wait_idle
+from .house import (
+    TEXT,
+    compute_every_size,
+    gauge,
+    holdings,
+    pid_of,
+    rss,
+    serving,
+    single,
+    streaming,
+    wait_idle,
+)
 
 SECONDS = {True: 3600.0, False: 600.0}
 CLIENTS = 12
@@ -150,6 +161,7 @@ def measure(full: bool, seconds: float | None = None) -> list[Figure]:
             pids = [pid_of(server, "front"), pid_of(server, "core"), server.process.pid]
             watch = Watch(pids)
             # Buffers, caches and pools have come to their size after a while.
+            asyncio.run(compute_every_size(server.grpc))
             asyncio.run(traffic(server, seconds / 6))
             wait_idle(server)
             before, memory = holdings(*pids), [rss(pid) for pid in pids]
