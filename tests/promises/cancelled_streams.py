@@ -24,6 +24,7 @@ from .house import (
     pid_of,
     rss,
     serving,
+    settle,
     single,
     streaming,
     wait_idle,
@@ -136,7 +137,7 @@ def memory_of(server: Server) -> list[int]:
     """Of front and core, when nothing is to be done and the cache is full."""
     wait_idle(server)
     asyncio.run(fill_cache(server.grpc))
-    wait_idle(server)
+    settle(server)
     return [rss(pid_of(server, name)) for name in ("front", "core")]
 
 
@@ -192,7 +193,7 @@ def figures_of(server: Server, directory: str, full: bool) -> list[Figure]:
         Figure("... with all of their tokens", cancelled[2], None),
         Figure("... steps computed for one after it, at most", steps, 1, slack=2),
         Figure(f"growth of memory from stream {warm_up:,} to {streams:,}", sum(growth) / 2**20, 2,
-               " MB", slack=AT_LEISURE),
+               " MB"),
         Figure("... of which the front's", growth[0] / 2**20, None, " MB"),
         Figure("clients killed; as many fell silent and never closed", VANISHED * waves, None),
         Figure(f"... {VANISHED} silent ones let go after (--write-timeout 2)", gone, 5, " s",

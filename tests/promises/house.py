@@ -176,6 +176,12 @@ def wait_idle(server: Server, seconds: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+def settle(server: Server) -> None:
+    """Until nothing is to be done, and the core has given the system back what it has freed."""
+    wait_idle(server)
+    time.sleep(2.5)
+
+
 @dataclass(frozen=True)
 class Holdings:
     """What processes hold."""

@@ -23,7 +23,7 @@ from tgis.types import DetailParams, SamplingParams
 from tgis.wire import Add, FailureKind
 
 from . import faults
-from .figures import AT_LEISURE, ROOT, Figure, Promise
+from .figures import ROOT, Figure, Promise
 from .house import (
     DEMO,
     Ended,
@@ -228,7 +228,7 @@ def memory(full: bool) -> list[Figure]:
         Figure("... other sequences whose tokens changed", changed, 0),
         Figure("... tokens, sequences and states left in memory", left, 0),
         Figure("... growth of the process in the second half of them",
-               (rss(os.getpid()) - memory) / 2**20, 8, " MB", slack=AT_LEISURE),
+               (rss(os.getpid()) - memory) / 2**20, 8, " MB"),
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from tests.kit.server import Server
 from tgis.proto import generation_pb2 as pb
 from tgis.proto import generation_pb2_grpc as pb_grpc
 
-from .figures import AT_LEISURE, Figure, Promise
+from .figures import Figure, Promise
 from .house import (
     TEXT,
     compute_every_size,
@@ -27,9 +27,9 @@ from .house import (
     pid_of,
     rss,
     serving,
+    settle,
     single,
     streaming,
-    wait_idle,
 )
 
 SECONDS = {True: 3600.0, False: 600.0}
@@ -163,11 +163,10 @@ def measure(full: bool, seconds: float | None = None) -> list[Figure]:
             # Buffers, caches and pools have come to their size after a while.
             asyncio.run(compute_every_size(server.grpc))
             asyncio.run(traffic(server, seconds / 6))
-            wait_idle(server)
+            settle(server)
             before, memory = holdings(*pids), [rss(pid) for pid in pids]
             outcomes = asyncio.run(traffic(server, seconds, watch))
-            wait_idle(server)
-            time.sleep(1.0)
+            settle(server)
             after, grown = holdings(*pids), [rss(pid) for pid in pids]
             growth = [(b - a) / 2**20 for a, b in zip(memory, grown, strict=True)]
             series = len(server.get("/metrics")[1].splitlines())
@@ -179,7 +178,7 @@ def measure(full: bool, seconds: float | None = None) -> list[Figure]:
     return [
         Figure(f"calls in {seconds / 60:.0f} minutes of mixed traffic", outcomes.total(), None),
         Figure("... that ended unexpectedly", unexpected, 0),
-        Figure("growth of memory of all processes", sum(growth), 8, " MB", slack=AT_LEISURE),
+        Figure("growth of memory of all processes", sum(growth), 8, " MB"),
         Figure("... of which the core's", growth[1], None, " MB"),
         Figure("... slope over the second half, MB an hour", watch.slope(), None),
         Figure("growth of open files", after.files - before.files, 2),

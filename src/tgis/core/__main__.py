@@ -7,7 +7,9 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from tgis.config import Config
 from tgis.control import Alive, Boot, Channel, Fatal, Loaded, ToChild, open_child
@@ -17,6 +19,9 @@ from tgis.engines.rank_process import start_ranks
 from tgis.errors import StartupError
 from tgis.observe import logs
 from tgis.wire import Beat, Gauges, Loading, Ready
+
+if TYPE_CHECKING:
+    from tgis.core.loop import Core
 
 log = logging.getLogger("tgis.core")
 
@@ -68,8 +73,8 @@ def _stacks() -> str:
         return file.read().decode(errors="replace").rstrip()
 
 
-def serve(channel: Channel[ToChild], boot: Boot) -> None:
-    """Load the model and serve; returns only by an exception."""
+def serve(channel: Channel[ToChild], boot: Boot) -> NoReturn:
+    """Load the model and serve; ends only by an exception."""
     link = FrontLink(Path(boot.socket_path))
     heartbeat = Heartbeat(channel, link, boot.config)
     heartbeat.start()
@@ -83,8 +88,23 @@ def serve(channel: Channel[ToChild], boot: Boot) -> None:
     core, model = assemble(boot, link, heartbeat, progress, ranks)
     link.greet(Ready(model))
     channel.send(Loaded())
+    turn_for_ever(core)
+
+
+def turn_for_ever(core: "Core", clock: Callable[[], float] = time.monotonic) -> NoReturn:
+    """Turn the loop; a second after work has ended, give the system what it needed and has freed.
+
+    The allocator does so only with what lies at the end of its memory.
+    """
+    from tgis.engines.host_memory import trim
+
+    worked_at, is_tidy = clock(), True
     while True:
-        core.turn(_IDLE_SECONDS)
+        if core.turn(_IDLE_SECONDS):
+            worked_at, is_tidy = clock(), False
+        elif not is_tidy and clock() - worked_at >= _IDLE_SECONDS:
+            trim()
+            is_tidy = True
 
 
 def main() -> int:
@@ -97,7 +117,6 @@ def main() -> int:
     except StartupError as error:
         channel.send(Fatal(str(error), error.exit_code))
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -118,20 +118,21 @@ class Core:
         self._fault: str | None = None  # reported already
         self._stalled = False  # there is work, but nothing that can be computed now
 
-    def turn(self, wait: float) -> None:
-        """One turn: ingest, then a step if there is work.
+    def turn(self, wait: float) -> bool:
+        """Ingest, then a step if there is work; says whether there was.
 
         Args:
             wait: seconds to wait for a message when there is nothing to do.
         """
         self._ingest(0.0 if self._scheduler.has_work and not self._stalled else wait)
-        if self._scheduler.has_work:
+        if had_work := self._scheduler.has_work:
             self._pulse.step_started = self._clock()
             self._step()
             self._pulse.step_started = 0.0
             self._check_idle()
         else:
             self._pulse.gauges = self._scheduler.gauges()  # what an abort has left
+        return had_work
 
     def check(self) -> str | None:
         """What is wrong with the accounts, if anything."""
