@@ -211,6 +211,18 @@ def rss(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
+def cache_rss(pid: int) -> int:
+    """Resident bytes of the keys and values: memory that is neither reserved nor in huge pages."""
+    total = size = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if name == "Rss:":
+            size = int(values[0]) * 1024
+        elif name == "VmFlags:" and {"nr", "nh"} <= set(values):
+            total += size
+    return total
+
+
 def holdings(*pids: int) -> Holdings:
     """What these processes hold together."""
     return Holdings(
