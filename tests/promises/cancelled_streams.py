@@ -205,7 +205,8 @@ def figures_of(server: Server, directory: str, full: bool) -> list[Figure]:
         Figure("streams cancelled: registered, before their first token", cancelled[0], None),
         Figure("... between their tokens", cancelled[1], None),
         Figure("... with all of their tokens", cancelled[2], None),
-        Figure("... steps computed for one after it, at most", steps, 1, slack=2),
+        # On a busy machine some of them had been made before, and the front not yet been told.
+        Figure("... steps computed for one after it, at most", steps, 1, slack=AT_LEISURE),
         Figure(f"growth of memory from stream {warm_up:,} to {streams:,}", sum(grown), 2, " MB"),
         Figure("... of which the front's", grown[0], None, " MB"),
         Figure("keys and values hold", later.cache / 2**20, CACHE_MIB, " MB"),
