@@ -40,7 +40,7 @@ PROBE_PAUSE = 0.1
 
 # Long answers keep the clients of 100 times the requests small, but shares take some turns of them.
 TENANT_TOKENS = {True: 400, False: 100}
-FEW, MANY = 20, 64  # streams at once; few, but always more than the half of the batch
+FEW = 20  # streams at once: always more than the half of the batch
 RATIO = 100
 
 
@@ -185,47 +185,53 @@ class Tenant:
     """
 
     def __init__(self, name: str, asked: mmap.mmap, new_tokens: int) -> None:
-        self._name = name
-        self._request = single(new_tokens)
+        self._metadata = [("x-tenant", name)]
         self._few_asked = asked
+        self._new_tokens = new_tokens
         self.num_asked = 0
         self.num_tokens = 0
         self.refusals: list[float] = []  # seconds until each
+        self.codes: Counter[str] = Counter()  # of those
 
-    async def ask(self, stub: pb_grpc.GenerationServiceStub) -> bool:
-        """One stream; False if it was refused."""
-        self.num_asked += 1
-        if self._name == "few":
+    async def stream(self, stub: pb_grpc.GenerationServiceStub) -> None:
+        """One stream after the other, as `few`, which has few enough never to be refused."""
+        while True:
+            self.num_asked += 1
             self._few_asked[:8] = struct.pack("q", self.num_asked)
-        start, had = time.monotonic(), 0
-        try:
-            call = stub.GenerateStream(self._request, metadata=[("x-tenant", self._name)])
+            had = 0
+            call = stub.GenerateStream(single(self._new_tokens), metadata=self._metadata)
             async for message in call:
                 if message.generated_token_count:
                     self.num_tokens += message.generated_token_count - had
                     had = message.generated_token_count
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-                raise
-            self.refusals.append(time.monotonic() - start)
-            return False
-        return True
 
-    def may_ask(self) -> bool:
-        """Whether that keeps the ratio."""
-        (few,) = struct.unpack("q", self._few_asked[:8])
-        return self._name == "few" or self.num_asked < RATIO * few
+    async def flood(self, stub: pb_grpc.GenerationServiceStub) -> None:
+        """`RATIO` requests for each of `few`, whatever becomes of those before."""
+        tasks: set[asyncio.Task[None]] = set()
+        while True:
+            (few,) = struct.unpack("q", self._few_asked[:8])
+            while self.num_asked < RATIO * few:
+                self.num_asked += 1
+                task = asyncio.create_task(self._ask(stub))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            await asyncio.sleep(0.005)
+
+    async def _ask(self, stub: pb_grpc.GenerationServiceStub) -> None:
+        start = time.monotonic()
+        try:
+            answer = await stub.Generate(batch(self._new_tokens), metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            self.codes[error.code().name] += 1
+            self.refusals.append(time.monotonic() - start)
+        else:
+            self.num_tokens += answer.responses[0].generated_token_count
 
     async def keep_asking(self, address: str, streams: int, seconds: float) -> Shares:
-        """What it got, but for the beginning."""
+        """What it got, but for the beginning; with no `streams` it floods."""
         with streaming(address) as stub:
-
-            async def client() -> None:
-                while True:
-                    if not self.may_ask() or not await self.ask(stub):
-                        await asyncio.sleep(0.01)
-
-            clients = [asyncio.create_task(client()) for _ in range(streams)]
+            works = [self.stream(stub) for _ in range(streams)] or [self.flood(stub)]
+            clients = [asyncio.create_task(work) for work in works]
             await asyncio.sleep(seconds / 6)
             before = self.num_tokens
             await asyncio.sleep(seconds * 5 / 6)
@@ -235,6 +241,7 @@ class Tenant:
             done = await asyncio.gather(*clients, return_exceptions=True)
             (fault,) = {*map(type, done)}
             assert fault is asyncio.CancelledError, done
+            assert self.codes.keys() <= {*EXPECTED}, self.codes
             return got, self.num_asked, percentile(self.refusals or [0.0], 50)
 
 
@@ -249,7 +256,7 @@ def tenants(full: bool) -> list[Figure]:
             tenant = Tenant(name, asked, TENANT_TOKENS[full])
             return asyncio.run(tenant.keep_asking(server.grpc, streams, seconds))
 
-        few, many = apart([lambda: client("few", FEW), lambda: client("many", MANY)])
+        few, many = apart([lambda: client("few", FEW), lambda: client("many", 0)])
     percent = 100 * few[0] / (few[0] + many[0])
     return [
         Figure("requests of the tenant that asks more, for each of the other's",
