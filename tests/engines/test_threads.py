@@ -59,3 +59,18 @@ def test_ranks_share_the_cores(
     chosen, why = choose_threads(setting, model(tmp_path, num_bytes), num_ranks)
     assert chosen == expected
     assert why
+
+
+@pytest.mark.parametrize(
+    ("environ", "spins"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_waiting_threads_sleep_soon_unless_told_otherwise(
+    environ: dict[str, str], spins: str | None
+) -> None:
+    threads.prepare_openmp(environ)
+    assert environ.get("GOMP_SPINCOUNT") == spins

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tgis.config import SERVE, parse
+from tgis.engines.threads import prepare_openmp
 from tgis.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -27,6 +28,7 @@ def bench(words: Sequence[str]) -> int:
         raise ConfigError("tgis bench: say what: tgis bench step [arguments]")
     given, rest = _parser().parse_known_args(words[words[:1] == ["step"] :])
     config = parse(rest, os.environ, SERVE)
+    prepare_openmp(os.environ)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler has nothing to say
     from tgis.bench.step import run  # not before the settings are known to be right
 

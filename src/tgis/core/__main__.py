@@ -16,6 +16,7 @@ from tgis.control import Alive, Boot, Channel, Fatal, Loaded, ToChild, open_chil
 from tgis.core.hang import HangWatch
 from tgis.core.link import FrontLink
 from tgis.engines.rank_process import start_ranks
+from tgis.engines.threads import prepare_openmp
 from tgis.errors import StartupError
 from tgis.observe import logs
 from tgis.wire import Beat, Gauges, Loading, Ready
@@ -112,6 +113,7 @@ def main() -> int:
     channel, boot = open_child()
     logs.configure(boot.config.log_level, boot.config.log_format, "core")
     faulthandler.enable()  # a crash in native code shall say where
+    prepare_openmp(os.environ)
     try:
         serve(channel, boot)
     except StartupError as error:

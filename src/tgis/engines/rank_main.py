@@ -31,6 +31,7 @@ from tgis.engines.rank_wire import (
     Step,
     ToRank,
 )
+from tgis.engines.threads import prepare_openmp
 from tgis.errors import StartupError
 from tgis.observe import logs
 
@@ -161,6 +162,7 @@ def main() -> int:
     parent, boot = open_child()
     config = boot.config
     logs.configure(config.log_level, config.log_format, f"rank{config.rank}")
+    prepare_openmp(os.environ)
     heart = Heart()
     leader: Channel[ToRank] | None = None
     if is_spread(config):

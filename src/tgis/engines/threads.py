@@ -1,6 +1,7 @@
 """How many threads compute the model."""
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from tgis.types import ModelFiles
@@ -9,6 +10,19 @@ from tgis.types import ModelFiles
 # on a busy machine it costs a time slice of the scheduler.
 SMALL_MODEL_BYTES = 64 << 20
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+
+# Turns that a thread of OpenMP spins before it sleeps. By default it spins for milliseconds, on a
+# core that our kernels' threads or the front could use.
+_SPINS = "1000"
+
+
+def prepare_openmp(environ: MutableMapping[str, str]) -> None:
+    """Let torch's waiting threads sleep soon, unless somebody has said how they are to wait.
+
+    It has an effect only before torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def usable_cores(cpu_max: Path = _CPU_MAX) -> int:

@@ -1,6 +1,7 @@
 // Activations, alone or gated (act(gate) * up, gate and up side by side in a row), in one pass.
 
 #include "activation.h"
+#include "team.h"
 
 struct activation_args {
   const void *x;
@@ -38,16 +39,21 @@ INLINE void span_of_kind(const struct activation_args *a, int64_t row, int64_t l
   }
 }
 
-EXPORT int tgis_activation(const struct activation_args *args) {
-  const struct activation_args a = *args;
-  const int64_t spans = (a.cols + SPAN - 1) / SPAN;
-#pragma omp parallel for if (a.rows * a.cols > 4096)
-  for (int64_t i = 0; i < a.rows * spans; i++) {
-    const int64_t lo = i % spans * SPAN, hi = min64(lo + SPAN, a.cols);
-    if (a.bf16)
-      span_of_kind(&a, i / spans, lo, hi, 1);
+static void spans(void *what, int64_t begin, int64_t end) {
+  const struct activation_args *a = what;
+  const int64_t per_row = (a->cols + SPAN - 1) / SPAN;
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t lo = i % per_row * SPAN, hi = min64(lo + SPAN, a->cols);
+    if (a->bf16)
+      span_of_kind(a, i / per_row, lo, hi, 1);
     else
-      span_of_kind(&a, i / spans, lo, hi, 0);
+      span_of_kind(a, i / per_row, lo, hi, 0);
   }
+}
+
+EXPORT int tgis_activation(const struct activation_args *args) {
+  struct activation_args a = *args;
+  const int64_t count = a.rows * ((a.cols + SPAN - 1) / SPAN);
+  team_loop(count, a.rows * a.cols > 4096 ? 4 : count, spans, &a);
   return 0;
 }

@@ -1,6 +1,6 @@
 // The index of the largest element of each row: the first of equals, and a NaN before all others.
 
-#include "vec.h"
+#include "team.h"
 
 struct argmax_args {
   const void *x;  // rows x cols, `stride` elements apart
@@ -38,12 +38,16 @@ INLINE int64_t argmax_row(const void *x, int64_t n, int bf16) {
   return 0;
 }
 
-EXPORT int tgis_argmax(const struct argmax_args *args) {
-  const struct argmax_args a = *args;
-#pragma omp parallel for if (a.rows > 1)
-  for (int64_t r = 0; r < a.rows; r++) {
-    const void *x = at(a.x, r * a.stride, a.bf16);
-    a.out[r] = a.bf16 ? argmax_row(x, a.cols, 1) : argmax_row(x, a.cols, 0);
+static void rows(void *what, int64_t begin, int64_t end) {
+  const struct argmax_args *a = what;
+  for (int64_t r = begin; r < end; r++) {
+    const void *x = at(a->x, r * a->stride, a->bf16);
+    a->out[r] = a->bf16 ? argmax_row(x, a->cols, 1) : argmax_row(x, a->cols, 0);
   }
+}
+
+EXPORT int tgis_argmax(const struct argmax_args *args) {
+  struct argmax_args a = *args;
+  team_loop(a.rows, 1, rows, &a);
   return 0;
 }

@@ -15,6 +15,7 @@
 
 #include "attention_rows.h"
 #include "attention_tiles.h"
+#include "team.h"
 
 struct task {
   int32_t seq, kv_head, row, split;
@@ -122,40 +123,57 @@ static void combine_token(const struct attention_args *a, const struct plan *p, 
   }
 }
 
+struct job {
+  const struct attention_args *a;
+  const struct plan *p;
+  float *partials;
+  uint16_t *vt;
+};
+
+#ifdef HAVE_TILES
+static void packs(void *what, int64_t begin, int64_t end) {
+  const struct job *job = what;
+  for (int64_t i = begin; i < end; i++) pack(job->a, job->p, job->p->packs[i], job->vt);
+}
+#endif
+
+static void tasks(void *what, int64_t begin, int64_t end) {
+  const struct job *job = what;
+  const struct attention_args *a = job->a;
+  const struct plan *p = job->p;
+  for (int64_t i = begin; i < end; i++) {
+    const struct task t = p->tasks[i];
+#ifdef HAVE_TILES
+    if (on_tiles(a, t.seq)) {
+      const int64_t head = p->scratch[t.seq] + t.kv_head * vt_head(a, t.seq);
+      configure_attention(a->head_dim);
+      attend_tiles(a, t.seq, t.kv_head, t.row, job->vt + head);
+      continue;
+    }
+#endif
+    const int64_t splits = num_splits(a->kv_len[t.seq]);
+    float *to = splits > 1 ? job->partials + p->scratch[t.seq] * PARTIAL(a->head_dim) : NULL;
+    attend(a, t.seq, t.kv_head, t.row, t.split, splits, to);
+  }
+#ifdef HAVE_TILES
+  if (few_on_tiles(a)) _tile_release();
+#endif
+}
+
+static void tokens(void *what, int64_t begin, int64_t end) {
+  const struct job *job = what;
+  for (int64_t token = begin; token < end; token++)
+    combine_token(job->a, job->p, token, job->partials);
+}
+
 static void run(const struct attention_args *a, const struct plan *p, float *partials,
                 uint16_t *vt) {
-#pragma omp parallel
-  {
+  struct job job = {a, p, partials, vt};
 #ifdef HAVE_TILES
-    if (p->num_packs) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < p->num_packs; i++) pack(a, p, p->packs[i], vt);
-    }
+  team_loop(p->num_packs, 1, packs, &job);
 #endif
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < p->num_tasks; i++) {
-      const struct task t = p->tasks[i];
-#ifdef HAVE_TILES
-      if (on_tiles(a, t.seq)) {
-        const int64_t head = p->scratch[t.seq] + t.kv_head * vt_head(a, t.seq);
-        configure_attention(a->head_dim);
-        attend_tiles(a, t.seq, t.kv_head, t.row, vt + head);
-        continue;
-      }
-#endif
-      const int64_t splits = num_splits(a->kv_len[t.seq]);
-      float *to = splits > 1 ? partials + p->scratch[t.seq] * PARTIAL(a->head_dim) : NULL;
-      attend(a, t.seq, t.kv_head, t.row, t.split, splits, to);
-    }
-    if (p->num_partials) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t token = 0; token < a->tokens; token++) combine_token(a, p, token, partials);
-    }
-#ifdef HAVE_TILES
-    if (few_on_tiles(a)) _tile_release();
-#endif
-  }
-  (void)vt;
+  team_loop(p->num_tasks, 1, tasks, &job);
+  if (p->num_partials) team_loop(a->tokens, 1, tokens, &job);
 }
 
 static int valid(const struct attention_args *a) {

@@ -60,22 +60,26 @@ static void vector_block(const struct grouped_args *a, const struct rows *rows, 
       end_row(a, sums[r - begin], r, b * WIDTH, 0);
 }
 
-static void in_vectors(const struct grouped_args *a, struct rows *rows) {
-  const int64_t blocks = (a->out_features + WIDTH - 1) / WIDTH;
-#pragma omp parallel
-  {
-#pragma omp for
-    for (int64_t r = 0; r < a->rows; r++)
-      if (a->x_bf16)
-        float_row(a, rows, r, 1);
-      else
-        float_row(a, rows, r, 0);
-    for (int64_t row = 0; row < a->rows; row += MAX_TOGETHER) {
-#pragma omp for schedule(dynamic) nowait
-      for (int64_t b = 0; b < blocks; b++)
-        vector_block(a, rows, b, row, min64(row + MAX_TOGETHER, a->rows));
-    }
+static void float_rows(void *what, int64_t begin, int64_t end) {
+  const struct product *p = what;
+  for (int64_t r = begin; r < end; r++)
+    if (p->a->x_bf16)
+      float_row(p->a, p->rows, r, 1);
+    else
+      float_row(p->a, p->rows, r, 0);
+}
+
+static void vector_blocks(void *what, int64_t begin, int64_t end) {
+  const struct product *p = what;
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t row = i / p->blocks * MAX_TOGETHER;
+    vector_block(p->a, p->rows, i % p->blocks, row, min64(row + MAX_TOGETHER, p->a->rows));
   }
+}
+
+static void in_vectors(struct product *p) {
+  team_loop(p->a->rows, 1, float_rows, p);
+  team_loop(p->blocks * parts_of(p->a), 1, vector_blocks, p);
 }
 
 EXPORT int tgis_linear_grouped(const struct grouped_args *args) {
@@ -86,10 +90,11 @@ EXPORT int tgis_linear_grouped(const struct grouped_args *args) {
   rows.x = malloc(x_bytes + (a.shift ? a.rows * rows.units * 4 : 0) + 64);
   if (!rows.x) return ERROR_MEMORY;
   rows.sum = (float *)(rows.x + x_bytes);
+  struct product p = {&a, &rows, (a.out_features + WIDTH - 1) / WIDTH};
   if (tiles)
-    on_tiles(&a, &rows);
+    on_tiles(&p);
   else
-    in_vectors(&a, &rows);
+    in_vectors(&p);
   free(rows.x);
   return 0;
 }

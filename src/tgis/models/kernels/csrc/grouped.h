@@ -9,6 +9,7 @@
 // with `middle` 8 or 128.
 #pragma once
 
+#include "team.h"
 #include "tiles.h"
 
 struct grouped_args {
@@ -37,6 +38,17 @@ struct rows {
   float *sum;
   int64_t steps, units;
 };
+
+struct product {
+  const struct grouped_args *a;
+  struct rows *rows;
+  int64_t blocks;  // of output features
+};
+
+// How often the weights are gone through, each time for so many rows.
+INLINE int64_t parts_of(const struct grouped_args *a) {
+  return (a->rows + MAX_TOGETHER - 1) / MAX_TOGETHER;
+}
 
 INLINE vf from_half(const uint16_t *p) {
 #if defined(__AVX512F__)

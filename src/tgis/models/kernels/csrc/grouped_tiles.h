@@ -4,8 +4,6 @@
 // are scaled first, and rounded to bfloat16, as scaling the sums would take longer than the product.
 #pragma once
 
-#include <omp.h>
-
 #include "grouped.h"
 
 #ifdef HAVE_TILES
@@ -245,48 +243,52 @@ INLINE void lone_row(const struct grouped_args *a, const struct rows *rows, int6
   end_row(a, sums[0], 0, b * WIDTH, 1);
 }
 
-INLINE void tiled_product(const struct grouped_args *a, const struct rows *rows, int planes) {
-  const int64_t blocks = (a->out_features + WIDTH - 1) / WIDTH;
-  const int64_t chunk = max64(1, blocks / (8 * omp_get_num_threads()));
-  if (a->rows <= FEW_ROWS) {
-    configure_grouped(a->rows);
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t b = 0; b < blocks; b++) few_rows(a, rows, b, planes);
-    _tile_release();
-    return;
-  }
+// Iterations: blocks of outputs for some rows of x, then for the next rows.
+INLINE void tiled_blocks(const struct product *p, int64_t begin, int64_t end, int planes) {
+  const struct grouped_args *a = p->a;
   int64_t configured = 0;
-  for (int64_t row = 0; row < a->rows; row += MAX_TOGETHER) {
-    const int64_t end = min64(row + MAX_TOGETHER, a->rows);
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t b = 0; b < blocks; b++)
-      configured = many_rows(a, rows, b, row, end, configured, planes);
-  }
-  if (configured) _tile_release();
-}
-
-static void lone_product(const struct grouped_args *a, struct rows *rows) {
-  const int64_t blocks = (a->out_features + WIDTH - 1) / WIDTH;
-  float_row(a, rows, 0, 1);
-#pragma omp parallel for schedule(dynamic, max64(1, blocks / (8 * omp_get_max_threads())))
-  for (int64_t b = 0; b < blocks; b++) lone_row(a, rows, b);
-}
-
-static void on_tiles(const struct grouped_args *a, struct rows *rows) {
-  if (is_lone(a)) return lone_product(a, rows);
-#pragma omp parallel
-  {
-#pragma omp for
-    for (int64_t r = 0; r < a->rows; r++) {
-      tile_in_row(a, rows, r);
-      if (a->shift && a->rows <= FEW_ROWS) sum_units(a, rows, r, 1);
-    }
-    if (a->planes == 2)
-      tiled_product(a, rows, 2);
+  if (a->rows <= FEW_ROWS) configure_grouped(a->rows);
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t b = i % p->blocks, row = i / p->blocks * MAX_TOGETHER;
+    if (a->rows <= FEW_ROWS)
+      few_rows(a, p->rows, b, planes);
     else
-      tiled_product(a, rows, 1);
+      configured = many_rows(a, p->rows, b, row, min64(row + MAX_TOGETHER, a->rows), configured,
+                             planes);
   }
+  _tile_release();
+}
+
+static void tiled_blocks_1(void *what, int64_t begin, int64_t end) {
+  tiled_blocks(what, begin, end, 1);
+}
+
+static void tiled_blocks_2(void *what, int64_t begin, int64_t end) {
+  tiled_blocks(what, begin, end, 2);
+}
+
+static void lone_blocks(void *what, int64_t begin, int64_t end) {
+  const struct product *p = what;
+  for (int64_t b = begin; b < end; b++) lone_row(p->a, p->rows, b);
+}
+
+static void tiled_rows(void *what, int64_t begin, int64_t end) {
+  const struct product *p = what;
+  for (int64_t r = begin; r < end; r++) {
+    tile_in_row(p->a, p->rows, r);
+    if (p->a->shift && p->a->rows <= FEW_ROWS) sum_units(p->a, p->rows, r, 1);
+  }
+}
+
+static void on_tiles(struct product *p) {
+  const int64_t part = team_part(p->blocks);
+  if (is_lone(p->a)) {
+    float_row(p->a, p->rows, 0, 1);
+    return team_loop(p->blocks, part, lone_blocks, p);
+  }
+  team_loop(p->a->rows, 1, tiled_rows, p);
+  team_loop(p->blocks * parts_of(p->a), part, p->a->planes == 2 ? tiled_blocks_2 : tiled_blocks_1, p);
 }
 #else
-#define on_tiles(a, rows) ((void)0)
+#define on_tiles(p) ((void)0)
 #endif

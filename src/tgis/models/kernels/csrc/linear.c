@@ -6,10 +6,10 @@
 // with `out` rounded up, and `in` a multiple of 32 (bfloat16) or 64 (int8).
 // A row's sums are always added in the same order: its result does not depend on other rows.
 
-#include <omp.h>
 #include <stdlib.h>
 
 #include "quantize.h"
+#include "team.h"
 #include "tiles.h"
 
 struct linear_args {
@@ -158,49 +158,73 @@ INLINE int64_t strip(const struct linear_args *a, const struct operands *o, cons
   return configured;
 }
 
-// All outputs, for some rows of x at a time. Threads take runs of blocks as they come to them: one
-// that is held up holds up nobody else.
-INLINE void product(const struct linear_args *a, const struct operands *o, int int8) {
-  const int64_t width = int8 ? 64 : 32, blocks = (a->out_features + width - 1) / width;
-  const int64_t chunk = max64(1, blocks / (8 * omp_get_num_threads()));
-  const int64_t fitting = X_BYTES / o->row_bytes / BLOCK_ROWS * BLOCK_ROWS;
-  const int64_t together = max64(BLOCK_ROWS, min64(MAX_TOGETHER, fitting));
+struct product {
+  const struct linear_args *a;
+  struct operands o;
+  char *packed;
+  float *scale;
+  int64_t blocks, together;  // of outputs; rows of x that are worked on together
+};
+
+// Iterations: blocks of outputs for some rows of x, then for the next rows.
+INLINE void blocks(const struct product *p, int64_t begin, int64_t end, int int8) {
+  const int64_t width = int8 ? 64 : 32, row_bytes = p->o.row_bytes;
   int64_t configured = 0;
-  for (int64_t row = 0; row < a->rows; row += together) {
-    const int64_t end = min64(row + together, a->rows);
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t b = 0; b < blocks; b++)
-      for (int64_t half = 0; half < width; half += 32) {
-        const char *w = (const char *)a->weight + b * width * o->row_bytes + half * 4;
-        configured = strip(a, o, w, b * width + half, row, end, configured, int8);
-      }
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t b = i % p->blocks, row = i / p->blocks * p->together;
+    const int64_t last = min64(row + p->together, p->a->rows);
+    for (int64_t half = 0; half < width; half += 32) {
+      const char *w = (const char *)p->a->weight + b * width * row_bytes + half * 4;
+      configured = strip(p->a, &p->o, w, b * width + half, row, last, configured, int8);
+    }
   }
-  if (configured) _tile_release();
+  _tile_release();
+}
+
+static void blocks_bf16(void *what, int64_t begin, int64_t end) { blocks(what, begin, end, 0); }
+static void blocks_int8(void *what, int64_t begin, int64_t end) { blocks(what, begin, end, 1); }
+
+static void multiply(struct product *p, int64_t width, span_of_loop span) {
+  const int64_t fitting = X_BYTES / p->o.row_bytes / BLOCK_ROWS * BLOCK_ROWS;
+  p->together = max64(BLOCK_ROWS, min64(MAX_TOGETHER, fitting));
+  p->blocks = (p->a->out_features + width - 1) / width;
+  const int64_t parts = (p->a->rows + p->together - 1) / p->together;
+  team_loop(parts * p->blocks, team_part(p->blocks), span, p);
 }
 
 INLINE char *packed_row(char *packed, int64_t row, int64_t row_bytes) {
   return packed + row / 16 * 16 * row_bytes + row % 16 * 64;
 }
 
+static void pack(void *what, int64_t begin, int64_t end) {
+  const struct product *p = what;
+  const int64_t row_bytes = p->o.row_bytes;
+  for (int64_t r = begin; r < end; r++)
+    for (int64_t k = 0; k < row_bytes; k += 64)
+      memcpy(packed_row(p->packed, r, row_bytes) + k * 16, at(p->a->x, r * p->a->in, 1) + k, 64);
+}
+
 EXPORT int tgis_linear_bf16(const struct linear_args *args) {
   const struct linear_args a = *args;
   const int64_t row_bytes = a.in * 2;
-  const int pack = a.rows > BLOCK_ROWS;
-  char *packed = pack ? malloc((a.rows + 15) / 16 * 16 * row_bytes) : NULL;
-  if (pack && !packed) return ERROR_MEMORY;
-  const struct operands o = operands(pack ? packed : a.x, row_bytes, pack, NULL);
-#pragma omp parallel
-  {
-    if (pack) {
-#pragma omp for
-      for (int64_t r = 0; r < a.rows; r++)
-        for (int64_t k = 0; k < row_bytes; k += 64)
-          memcpy(packed_row(packed, r, row_bytes) + k * 16, at(a.x, r * a.in, 1) + k, 64);
-    }
-    product(&a, &o, 0);
-  }
+  const int is_packed = a.rows > BLOCK_ROWS;
+  char *packed = is_packed ? malloc((a.rows + 15) / 16 * 16 * row_bytes) : NULL;
+  if (is_packed && !packed) return ERROR_MEMORY;
+  struct product p = {&a, operands(is_packed ? packed : a.x, row_bytes, is_packed, NULL), packed};
+  if (is_packed) team_loop(a.rows, 8, pack, &p);
+  multiply(&p, 32, blocks_bf16);
   free(packed);
   return 0;
+}
+
+static void quantize(void *what, int64_t begin, int64_t end) {
+  const struct product *p = what;
+  const struct linear_args *a = p->a;
+  for (int64_t r = begin; r < end; r++) {
+    const void *x = at(a->x, r * a->in, a->x_bf16);
+    int8_t *q = (int8_t *)packed_row(p->packed, r, a->in);
+    p->scale[r] = a->x_bf16 ? quantize_row(x, q, a->in, 1024, 1) : quantize_row(x, q, a->in, 1024, 0);
+  }
 }
 
 EXPORT int tgis_linear_int8(const struct linear_args *args) {
@@ -208,17 +232,9 @@ EXPORT int tgis_linear_int8(const struct linear_args *args) {
   float *scale = malloc(a.rows * sizeof *scale + (a.rows + 15) / 16 * 16 * a.in + 1);
   if (!scale) return ERROR_MEMORY;
   char *packed = (char *)(scale + a.rows);
-  const struct operands o = operands(packed, a.in, 1, scale);
-#pragma omp parallel
-  {
-#pragma omp for
-    for (int64_t r = 0; r < a.rows; r++) {
-      const void *x = at(a.x, r * a.in, a.x_bf16);
-      int8_t *q = (int8_t *)packed_row(packed, r, a.in);
-      scale[r] = a.x_bf16 ? quantize_row(x, q, a.in, 1024, 1) : quantize_row(x, q, a.in, 1024, 0);
-    }
-    product(&a, &o, 1);
-  }
+  struct product p = {&a, operands(packed, a.in, 1, scale), packed, scale};
+  team_loop(a.rows, 4, quantize, &p);
+  multiply(&p, 64, blocks_int8);
   free(scale);
   return 0;
 }

@@ -7,7 +7,7 @@
 
 #include <stdlib.h>
 
-#include "vec.h"
+#include "team.h"
 
 #define MAX_PARTS 3  // of a layer's output, one after the other: queries, keys, values
 #define GROUP 8      // rows that are computed together
@@ -161,23 +161,46 @@ INLINE void expand(const struct low_rank_args *a, const struct group *g, const v
   }
 }
 
-INLINE void run(const struct low_rank_args *a, const struct group *groups, int64_t count, void *t,
-                int64_t most, int bf16, int y_bf16) {
-  int64_t chunks[MAX_PARTS], all = 0;
-  for (int p = 0; p < MAX_PARTS; p++) all += chunks[p] = (a->width[p] + CHUNK - 1) / CHUNK;
-#pragma omp parallel
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t g = 0; g < count; g++) reduce(a, &groups[g], t, most, bf16);
-#pragma omp for schedule(dynamic, 4) nowait
-    for (int64_t i = 0; i < count * all; i++) {
-      int part = 0;
-      int64_t chunk = i % all;
-      while (chunk >= chunks[part]) chunk -= chunks[part++];
-      const struct group *g = &groups[i / all];
-      if (g->site->rank[part]) expand(a, g, t, most, part, chunk * CHUNK, bf16, y_bf16);
-    }
+struct job {
+  const struct low_rank_args *a;
+  const struct group *groups;
+  void *t;
+  int64_t most;
+  int64_t chunks[MAX_PARTS], all;  // of outputs: in each part, in all
+};
+
+INLINE void reduce_groups(const struct job *job, int64_t begin, int64_t end, int bf16) {
+  for (int64_t g = begin; g < end; g++)
+    reduce(job->a, &job->groups[g], job->t, job->most, bf16);
+}
+
+INLINE void expand_groups(const struct job *job, int64_t begin, int64_t end, int bf16, int y_bf16) {
+  for (int64_t i = begin; i < end; i++) {
+    int part = 0;
+    int64_t chunk = i % job->all;
+    while (chunk >= job->chunks[part]) chunk -= job->chunks[part++];
+    const struct group *g = &job->groups[i / job->all];
+    if (g->site->rank[part])
+      expand(job->a, g, job->t, job->most, part, chunk * CHUNK, bf16, y_bf16);
   }
+}
+
+static void reduce_some(void *what, int64_t begin, int64_t end) {
+  const struct job *job = what;
+  if (job->a->bf16)
+    reduce_groups(job, begin, end, 1);
+  else
+    reduce_groups(job, begin, end, 0);
+}
+
+static void expand_some(void *what, int64_t begin, int64_t end) {
+  const struct job *job = what;
+  if (!job->a->bf16)
+    expand_groups(job, begin, end, 0, 0);
+  else if (job->a->y_bf16)
+    expand_groups(job, begin, end, 1, 1);
+  else
+    expand_groups(job, begin, end, 1, 0);
 }
 
 EXPORT int tgis_low_rank(const struct low_rank_args *args) {
@@ -188,12 +211,11 @@ EXPORT int tgis_low_rank(const struct low_rank_args *args) {
   const int64_t count = make_groups(&a, groups, &most);
   void *t = malloc(a.rows * most * 4 + 1);
   if (t && count) {
-    if (!a.bf16)
-      run(&a, groups, count, t, most, 0, 0);
-    else if (a.y_bf16)
-      run(&a, groups, count, t, most, 1, 1);
-    else
-      run(&a, groups, count, t, most, 1, 0);
+    struct job job = {&a, groups, t, most};
+    for (int p = 0; p < MAX_PARTS; p++)
+      job.all += job.chunks[p] = (a.width[p] + CHUNK - 1) / CHUNK;
+    team_loop(count, 1, reduce_some, &job);
+    team_loop(count * job.all, 4, expand_some, &job);
   }
   free(groups);
   free(t);

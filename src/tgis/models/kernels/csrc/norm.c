@@ -1,7 +1,7 @@
 // RMS norm and layer norm of rows, with the residual addition that precedes them in a decoder
 // block.
 
-#include "vec.h"
+#include "team.h"
 
 struct norm_args {
   const void *x;
@@ -50,21 +50,25 @@ INLINE void norm_row(const struct norm_args *a, int64_t row, int bf16, int cente
   }
 }
 
-EXPORT int tgis_norm(const struct norm_args *args) {
-  const struct norm_args a = *args;
-#pragma omp parallel for if (a.rows > 1 && a.rows * a.cols > 16384)
-  for (int64_t row = 0; row < a.rows; row++) {
-    if (a.bf16) {
-      if (a.center)
-        norm_row(&a, row, 1, 1);
+static void rows(void *what, int64_t begin, int64_t end) {
+  const struct norm_args *a = what;
+  for (int64_t row = begin; row < end; row++) {
+    if (a->bf16) {
+      if (a->center)
+        norm_row(a, row, 1, 1);
       else
-        norm_row(&a, row, 1, 0);
+        norm_row(a, row, 1, 0);
     } else {
-      if (a.center)
-        norm_row(&a, row, 0, 1);
+      if (a->center)
+        norm_row(a, row, 0, 1);
       else
-        norm_row(&a, row, 0, 0);
+        norm_row(a, row, 0, 0);
     }
   }
+}
+
+EXPORT int tgis_norm(const struct norm_args *args) {
+  struct norm_args a = *args;
+  team_loop(a.rows, a.rows * a.cols > 16384 ? 4 : a.rows, rows, &a);
   return 0;
 }

@@ -1,6 +1,7 @@
 // Dynamic quantisation of activations, and its undoing where the product was left unscaled.
 
 #include "quantize.h"
+#include "team.h"
 
 struct quantize_args {
   const void *x;  // rows x cols, `stride` elements apart
@@ -9,14 +10,18 @@ struct quantize_args {
   int64_t rows, cols, stride, bf16;
 };
 
-EXPORT int tgis_quantize_rows(const struct quantize_args *args) {
-  const struct quantize_args a = *args;
-#pragma omp parallel for if (a.rows > 1 && a.rows * a.cols > 16384)
-  for (int64_t r = 0; r < a.rows; r++) {
-    const void *x = at(a.x, r * a.stride, a.bf16);
-    int8_t *q = a.q + r * a.cols;
-    a.scale[r] = a.bf16 ? quantize_row(x, q, a.cols, 64, 1) : quantize_row(x, q, a.cols, 64, 0);
+static void quantize(void *what, int64_t begin, int64_t end) {
+  const struct quantize_args *a = what;
+  for (int64_t r = begin; r < end; r++) {
+    const void *x = at(a->x, r * a->stride, a->bf16);
+    int8_t *q = a->q + r * a->cols;
+    a->scale[r] = a->bf16 ? quantize_row(x, q, a->cols, 64, 1) : quantize_row(x, q, a->cols, 64, 0);
   }
+}
+
+EXPORT int tgis_quantize_rows(const struct quantize_args *args) {
+  struct quantize_args a = *args;
+  team_loop(a.rows, a.rows * a.cols > 16384 ? 4 : a.rows, quantize, &a);
   return 0;
 }
 
@@ -36,14 +41,18 @@ INLINE void scale_row(const struct scale_args *a, int64_t row, int bf16) {
   }
 }
 
-EXPORT int tgis_scale_rows(const struct scale_args *args) {
-  const struct scale_args a = *args;
-#pragma omp parallel for if (a.rows > 1 && a.rows * a.cols > 16384)
-  for (int64_t r = 0; r < a.rows; r++) {
-    if (a.bf16)
-      scale_row(&a, r, 1);
+static void scale(void *what, int64_t begin, int64_t end) {
+  const struct scale_args *a = what;
+  for (int64_t r = begin; r < end; r++) {
+    if (a->bf16)
+      scale_row(a, r, 1);
     else
-      scale_row(&a, r, 0);
+      scale_row(a, r, 0);
   }
+}
+
+EXPORT int tgis_scale_rows(const struct scale_args *args) {
+  struct scale_args a = *args;
+  team_loop(a.rows, a.rows * a.cols > 16384 ? 4 : a.rows, scale, &a);
   return 0;
 }

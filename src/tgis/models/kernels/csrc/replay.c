@@ -2,7 +2,7 @@
 
 #include <time.h>
 
-#include "vec.h"
+#include "team.h"
 
 struct call {
   int (*kernel)(const void *);
@@ -28,16 +28,28 @@ static double now(void) {
   return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
+struct progress {
+  struct replay_args a;
+  int64_t next;
+  int error;
+};
+
+static int next_call(void *what) {
+  struct progress *p = what;
+  if (p->error || p->next == p->a.num_calls) return 0;
+  const struct call *call = &p->a.calls[p->next];
+  const double start = p->a.seconds ? now() : 0;
+  p->error = call->kernel(call->args);
+  if (p->a.seconds) p->a.seconds[p->next] += now() - start;
+  p->next++;
+  return 1;
+}
+
 // Returns 0, or the first error of a call; later calls are not made then.
 EXPORT int tgis_replay(const struct replay_args *args) {
-  const struct replay_args a = *args;
-  for (int64_t i = 0; i < a.num_copies; i++)
-    memcpy(a.copies[i].to, a.copies[i].from, a.copies[i].bytes);
-  for (int64_t i = 0; i < a.num_calls; i++) {
-    const double start = a.seconds ? now() : 0;
-    const int error = a.calls[i].kernel(a.calls[i].args);
-    if (error) return error;
-    if (a.seconds) a.seconds[i] += now() - start;
-  }
-  return 0;
+  struct progress p = {.a = *args};
+  for (int64_t i = 0; i < p.a.num_copies; i++)
+    memcpy(p.a.copies[i].to, p.a.copies[i].from, p.a.copies[i].bytes);
+  team_sequence(next_call, &p);
+  return p.error;
 }

@@ -1,6 +1,6 @@
 // One pass over a fused q|k|v projection: optional q/k RMS norm, rotary positions, cache writes.
 
-#include "vec.h"
+#include "team.h"
 
 enum rope_style { ROPE_NONE, ROPE_HALF, ROPE_INTERLEAVED };
 
@@ -68,19 +68,23 @@ INLINE void token(const struct rope_args *a, int64_t t, int bf16) {
   }
 }
 
+static void tokens(void *what, int64_t begin, int64_t end) {
+  const struct rope_args *a = what;
+  for (int64_t t = begin; t < end; t++) {
+    if (a->bf16)
+      token(a, t, 1);
+    else
+      token(a, t, 0);
+  }
+}
+
 // Returns 0, or ERROR_INDEX without a write where a token lies outside the caches.
 EXPORT int tgis_rope_store(const struct rope_args *args) {
-  const struct rope_args a = *args;
+  struct rope_args a = *args;
   for (int64_t t = 0; t < a.tokens; t++)
     if (a.slot[t] < 0 || a.slot[t] >= a.slots || a.position[t] < 0 ||
         a.position[t] >= a.slot_tokens)
       return ERROR_INDEX;
-#pragma omp parallel for if (a.tokens > 2)
-  for (int64_t t = 0; t < a.tokens; t++) {
-    if (a.bf16)
-      token(&a, t, 1);
-    else
-      token(&a, t, 0);
-  }
+  team_loop(a.tokens, a.tokens > 2 ? 2 : a.tokens, tokens, &a);
   return 0;
 }
