@@ -41,6 +41,7 @@ PROBE_PAUSE = 0.1
 # Long answers keep the clients of 100 times the requests small, but shares take some turns of them.
 TENANT_TOKENS = {True: 400, False: 100}
 FEW = 20  # streams at once: always more than the half of the batch
+AT_ONCE = 128  # requests of the other; a connection takes no more than 164
 RATIO = 100
 
 
@@ -206,11 +207,11 @@ class Tenant:
                     had = message.generated_token_count
 
     async def flood(self, stub: pb_grpc.GenerationServiceStub) -> None:
-        """`RATIO` requests for each of `few`, whatever becomes of those before."""
+        """`RATIO` requests for each of `few`; of most it is told at once that they are refused."""
         tasks: set[asyncio.Task[None]] = set()
         while True:
             (few,) = struct.unpack("q", self._few_asked[:8])
-            while self.num_asked < RATIO * few:
+            while self.num_asked < RATIO * few and len(tasks) < AT_ONCE:
                 self.num_asked += 1
                 task = asyncio.create_task(self._ask(stub))
                 tasks.add(task)
