@@ -195,16 +195,20 @@ class Tenant:
         self.codes: Counter[str] = Counter()  # of those
 
     async def stream(self, stub: pb_grpc.GenerationServiceStub) -> None:
-        """One stream after the other, as `few`, which has few enough never to be refused."""
+        """One stream after the other, as `few`."""
         while True:
             self.num_asked += 1
             self._few_asked[:8] = struct.pack("q", self.num_asked)
             had = 0
             call = stub.GenerateStream(single(self._new_tokens), metadata=self._metadata)
-            async for message in call:
-                if message.generated_token_count:
-                    self.num_tokens += message.generated_token_count - had
-                    had = message.generated_token_count
+            try:
+                async for message in call:
+                    if message.generated_token_count:
+                        self.num_tokens += message.generated_token_count - had
+                        had = message.generated_token_count
+            except grpc.aio.AioRpcError as error:  # the permit of the one before is not back yet
+                self.codes[error.code().name] += 1
+                await asyncio.sleep(0.01)
 
     async def flood(self, stub: pb_grpc.GenerationServiceStub) -> None:
         """`RATIO` requests for each of `few`; of most it is told at once that they are refused."""
