@@ -21,6 +21,7 @@ from tgis.proto import generation_pb2_grpc as pb_grpc
 from .figures import Figure, Promise
 from .house import (
     TEXT,
+    cache_rss,
     compute_every_size,
     gauge,
     holdings,
@@ -132,6 +133,11 @@ async def traffic(server: Server, seconds: float, watch: "Watch | None" = None) 
     return outcomes
 
 
+def own(pid: int) -> int:
+    """Resident bytes but for keys and values, which vary below a limit of theirs."""
+    return rss(pid) - cache_rss(pid)
+
+
 @dataclass
 class Watch:
     """Looks at the memory of processes now and then."""
@@ -142,7 +148,7 @@ class Watch:
     async def keep_looking(self, seconds: float) -> None:
         """So often as that makes `LOOKS`, until it is cancelled."""
         while True:
-            self.looks.append((time.monotonic(), sum(map(rss, self.pids)) / 2**20))
+            self.looks.append((time.monotonic(), sum(map(own, self.pids)) / 2**20))
             await asyncio.sleep(seconds / LOOKS)
 
     def slope(self) -> float:
@@ -164,10 +170,10 @@ def measure(full: bool, seconds: float | None = None) -> list[Figure]:
             asyncio.run(compute_every_size(server.grpc))
             asyncio.run(traffic(server, seconds / 6))
             settle(server)
-            before, memory = holdings(*pids), [rss(pid) for pid in pids]
+            before, memory = holdings(*pids), [own(pid) for pid in pids]
             outcomes = asyncio.run(traffic(server, seconds, watch))
             settle(server)
-            after, grown = holdings(*pids), [rss(pid) for pid in pids]
+            after, grown = holdings(*pids), [own(pid) for pid in pids]
             growth = [(b - a) / 2**20 for a, b in zip(memory, grown, strict=True)]
             series = len(server.get("/metrics")[1].splitlines())
             asked = received(server)
@@ -178,7 +184,7 @@ def measure(full: bool, seconds: float | None = None) -> list[Figure]:
     return [
         Figure(f"calls in {seconds / 60:.0f} minutes of mixed traffic", outcomes.total(), None),
         Figure("... that ended unexpectedly", unexpected, 0),
-        Figure("growth of memory of all processes", sum(growth), 8, " MB"),
+        Figure("growth of memory, but for keys and values", sum(growth), 8, " MB"),
         Figure("... of which the core's", growth[1], None, " MB"),
         Figure("... slope over the second half, MB an hour", watch.slope(), None),
         Figure("growth of open files", after.files - before.files, 2),
