@@ -50,6 +50,7 @@ static _Thread_local int64_t offered;  // when it last offered its core, ns
 static _Atomic int taken;              // a sequence is under way
 static _Atomic int wanted, started;    // helpers
 static _Atomic uint32_t bell, asleep;
+static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
 
 static int64_t now_ns(void) {
   struct timespec t;
@@ -136,6 +137,7 @@ static void *help(void *number) {
 
 // A child process has none of the threads.
 static void forget(void) {
+  pthread_mutex_init(&starting, NULL);
   atomic_store(&started, 0);
   atomic_store(&asleep, 0);
   atomic_store(&led, 0);
@@ -152,12 +154,14 @@ static void want(int helpers) {
   if (atomic_load(&started) >= helpers) return;
   sigset_t all, before;
   sigfillset(&all);
+  pthread_mutex_lock(&starting);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   for (pthread_t thread; atomic_load(&started) < helpers; atomic_fetch_add(&started, 1)) {
     if (pthread_create(&thread, NULL, help, (void *)(intptr_t)atomic_load(&started))) break;
     pthread_detach(thread);
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
+  pthread_mutex_unlock(&starting);
 }
 
 static int lead(void) {
