@@ -64,7 +64,7 @@ def test_ranks_share_the_cores(
 @pytest.mark.parametrize(
     ("environ", "spins"),
     [
-        ({}, "1000"),
+        ({}, "20000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"OMP_WAIT_POLICY": "active"}, None),
     ],

@@ -87,11 +87,10 @@ from tgis.models.kernels.build import openmp_runtime
 import torch
 torch.randn(300, 300) @ torch.randn(300, 300)
 kernels.act(torch.zeros(64, 4096), "silu")
-print(openmp_runtime(), torch.get_num_threads(), len(list(Path("/proc/self/task").iterdir())))
+print(openmp_runtime(), len(list(Path("/proc/self/task").iterdir())))
 """
     one = _python(code, Path.home(), os.environ["PATH"])
-    runtime, computing, threads = one.split()
+    runtime, threads = one.split()
     assert "torch" in runtime
     without = code.replace('kernels.act(torch.zeros(64, 4096), "silu")', "")
-    own = int(_python(without, Path.home(), os.environ["PATH"]).split()[-1])
-    assert int(threads) == own + int(computing) - 1  # our helpers
+    assert threads == _python(without, Path.home(), os.environ["PATH"]).split()[1]

@@ -54,6 +54,6 @@ static void spans(void *what, int64_t begin, int64_t end) {
 EXPORT int tgis_activation(const struct activation_args *args) {
   struct activation_args a = *args;
   const int64_t count = a.rows * ((a.cols + SPAN - 1) / SPAN);
-  team_loop(count, a.rows * a.cols > 4096 ? 4 : count, spans, &a);
+  team_loop(count, a.rows * a.cols > 4096 ? team_part(count) : count, spans, &a);
   return 0;
 }

@@ -286,7 +286,7 @@ static void on_tiles(struct product *p) {
     float_row(p->a, p->rows, 0, 1);
     return team_loop(p->blocks, part, lone_blocks, p);
   }
-  team_loop(p->a->rows, 1, tiled_rows, p);
+  team_loop(p->a->rows, team_part(p->a->rows), tiled_rows, p);
   team_loop(p->blocks * parts_of(p->a), part, p->a->planes == 2 ? tiled_blocks_2 : tiled_blocks_1, p);
 }
 #else

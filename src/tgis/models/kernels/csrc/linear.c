@@ -211,7 +211,7 @@ EXPORT int tgis_linear_bf16(const struct linear_args *args) {
   char *packed = is_packed ? malloc((a.rows + 15) / 16 * 16 * row_bytes) : NULL;
   if (is_packed && !packed) return ERROR_MEMORY;
   struct product p = {&a, operands(is_packed ? packed : a.x, row_bytes, is_packed, NULL), packed};
-  if (is_packed) team_loop(a.rows, 8, pack, &p);
+  if (is_packed) team_loop(a.rows, team_part(a.rows), pack, &p);
   multiply(&p, 32, blocks_bf16);
   free(packed);
   return 0;
@@ -233,7 +233,7 @@ EXPORT int tgis_linear_int8(const struct linear_args *args) {
   if (!scale) return ERROR_MEMORY;
   char *packed = (char *)(scale + a.rows);
   struct product p = {&a, operands(packed, a.in, 1, scale), packed, scale};
-  team_loop(a.rows, 4, quantize, &p);
+  team_loop(a.rows, team_part(a.rows), quantize, &p);
   multiply(&p, 64, blocks_int8);
   free(scale);
   return 0;

@@ -69,6 +69,6 @@ static void rows(void *what, int64_t begin, int64_t end) {
 
 EXPORT int tgis_norm(const struct norm_args *args) {
   struct norm_args a = *args;
-  team_loop(a.rows, a.rows * a.cols > 16384 ? 4 : a.rows, rows, &a);
+  team_loop(a.rows, a.rows * a.cols > 16384 ? team_part(a.rows) : a.rows, rows, &a);
   return 0;
 }

@@ -21,7 +21,7 @@ static void quantize(void *what, int64_t begin, int64_t end) {
 
 EXPORT int tgis_quantize_rows(const struct quantize_args *args) {
   struct quantize_args a = *args;
-  team_loop(a.rows, a.rows * a.cols > 16384 ? 4 : a.rows, quantize, &a);
+  team_loop(a.rows, a.rows * a.cols > 16384 ? team_part(a.rows) : a.rows, quantize, &a);
   return 0;
 }
 
@@ -53,6 +53,6 @@ static void scale(void *what, int64_t begin, int64_t end) {
 
 EXPORT int tgis_scale_rows(const struct scale_args *args) {
   struct scale_args a = *args;
-  team_loop(a.rows, a.rows * a.cols > 16384 ? 4 : a.rows, scale, &a);
+  team_loop(a.rows, a.rows * a.cols > 16384 ? team_part(a.rows) : a.rows, scale, &a);
   return 0;
 }

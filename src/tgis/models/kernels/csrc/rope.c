@@ -85,6 +85,6 @@ EXPORT int tgis_rope_store(const struct rope_args *args) {
     if (a.slot[t] < 0 || a.slot[t] >= a.slots || a.position[t] < 0 ||
         a.position[t] >= a.slot_tokens)
       return ERROR_INDEX;
-  team_loop(a.tokens, a.tokens > 2 ? 2 : a.tokens, tokens, &a);
+  team_loop(a.tokens, a.tokens > 2 ? team_part(a.tokens) : a.tokens, tokens, &a);
   return 0;
 }

@@ -20,8 +20,9 @@
 
 #define MAX_HELPERS 255
 #define OPEN (1u << 16)       // beside the number of threads inside
-#define OFFER_NS 100000       // how long a thread keeps its core for itself
-#define SPIN_NS 500000        // how long one without work looks for it before it sleeps
+#define OFFER_NS 200000       // how long a thread keeps its core for itself
+#define KEEP_NS 20000         // the same of one without work
+#define SPIN_NS 2000000       // how long that looks for work before it sleeps
 #define LONGEST_NS 50000000   // that it sleeps where nobody would wake it
 
 struct door {
@@ -68,11 +69,12 @@ static int is_due(void) { return now_ns() - offered > OFFER_NS; }
 // Lets some time pass between two looks; returns how long this has gone on. `since` is 0 at first.
 static int64_t look_away(int64_t *since) {
 #if defined(__x86_64__)
-  for (int i = 0; i < 16; i++) __builtin_ia32_pause();
+  __builtin_ia32_pause();
 #endif
   if (!*since) *since = now_ns();
-  if (is_due()) offer();
-  return now_ns() - *since;
+  const int64_t waited = now_ns() - *since;
+  if (waited > KEEP_NS) offer();
+  return waited;
 }
 
 // The same for one whom nobody wakes. It sleeps in the end: who is stuck must not seem to compute.
@@ -194,11 +196,8 @@ void team_loop(int64_t count, int64_t each, span_of_loop span, void *what) {
   }
   struct loop loop = {span, what, 0, count, each};
   if (leads) return open_door(&loops, take_turns, &loop);
-  const int64_t threads = team_threads();
-  if (threads == 1 || !lead()) return take_turns(&loop);  // the helpers are somebody else's
-  want(threads - 1);
-  open_door(&loops, take_turns, &loop);
-  follow();
+#pragma omp parallel
+  take_turns(&loop);
 }
 
 static void make_calls(void *inside) {

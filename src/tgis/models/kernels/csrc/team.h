@@ -1,5 +1,6 @@
-// Threads that compute together. A loop's iterations are taken by whoever comes: nobody waits for a
-// thread that is not there because its core does something else, as a barrier would.
+// Threads that compute together. Within a sequence a loop's iterations are taken by whoever comes:
+// nobody waits for a thread that is not there because its core does something else, as a barrier
+// would. Other loops run on OpenMP's threads, which torch's operators between them use too.
 #pragma once
 
 #include "vec.h"
@@ -7,8 +8,8 @@
 // Part of a loop: iterations begin .. end of what `what` describes.
 typedef void (*span_of_loop)(void *what, int64_t begin, int64_t end);
 
-// Runs `count` iterations, `each` of which are taken at a time, in this thread and in those that come
-// before it is through. Where all are taken at once, this thread does them.
+// Runs `count` iterations, `each` of which are taken at a time. Where all are taken at once, this
+// thread does them.
 void team_loop(int64_t count, int64_t each, span_of_loop span, void *what);
 
 // Calls next(what), which may use team_loop, until it returns 0: each call by one of the threads, one
