@@ -158,6 +158,8 @@ INLINE int64_t strip(const struct linear_args *a, const struct operands *o, cons
   return configured;
 }
 
+static _Thread_local int64_t configured;  // rows that this thread's tiles are set up for
+
 struct product {
   const struct linear_args *a;
   struct operands o;
@@ -169,7 +171,6 @@ struct product {
 // Iterations: blocks of outputs for some rows of x, then for the next rows.
 INLINE void blocks(const struct product *p, int64_t begin, int64_t end, int int8) {
   const int64_t width = int8 ? 64 : 32, row_bytes = p->o.row_bytes;
-  int64_t configured = 0;
   for (int64_t i = begin; i < end; i++) {
     const int64_t b = i % p->blocks, row = i / p->blocks * p->together;
     const int64_t last = min64(row + p->together, p->a->rows);
@@ -178,6 +179,10 @@ INLINE void blocks(const struct product *p, int64_t begin, int64_t end, int int8
       configured = strip(p->a, &p->o, w, b * width + half, row, last, configured, int8);
     }
   }
+}
+
+static void leave(void) {
+  configured = 0;
   _tile_release();
 }
 
@@ -189,7 +194,7 @@ static void multiply(struct product *p, int64_t width, span_of_loop span) {
   p->together = max64(BLOCK_ROWS, min64(MAX_TOGETHER, fitting));
   p->blocks = (p->a->out_features + width - 1) / width;
   const int64_t parts = (p->a->rows + p->together - 1) / p->together;
-  team_loop(parts * p->blocks, team_part(p->blocks), span, p);
+  team_loop_then(parts * p->blocks, team_part(p->blocks), span, p, leave);
 }
 
 INLINE char *packed_row(char *packed, int64_t row, int64_t row_bytes) {

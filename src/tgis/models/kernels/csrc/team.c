@@ -34,6 +34,7 @@ struct door {
 struct loop {
   span_of_loop span;
   void *what;
+  void (*leave)(void);
   _Atomic int64_t next;
   int64_t count, each;
 };
@@ -184,17 +185,25 @@ static void take_turns(void *inside) {
   struct loop *l = inside;
   for (;;) {
     const int64_t begin = atomic_fetch_add_explicit(&l->next, l->each, memory_order_relaxed);
-    if (begin >= l->count) return;
+    if (begin >= l->count) break;
     l->span(l->what, begin, min64(begin + l->each, l->count));
   }
+  l->leave();
 }
 
+static void just_leave(void) {}
+
 void team_loop(int64_t count, int64_t each, span_of_loop span, void *what) {
+  team_loop_then(count, each, span, what, just_leave);
+}
+
+void team_loop_then(int64_t count, int64_t each, span_of_loop span, void *what,
+                    void (*leave)(void)) {
   if (count <= each) {
     if (count > 0) span(what, 0, count);
-    return;
+    return leave();
   }
-  struct loop loop = {span, what, 0, count, each};
+  struct loop loop = {span, what, leave, 0, count, each};
   if (leads) return open_door(&loops, take_turns, &loop);
 #pragma omp parallel
   take_turns(&loop);

@@ -12,6 +12,10 @@ typedef void (*span_of_loop)(void *what, int64_t begin, int64_t end);
 // thread does them.
 void team_loop(int64_t count, int64_t each, span_of_loop span, void *what);
 
+// The same; a thread that has had its last turn calls leave().
+void team_loop_then(int64_t count, int64_t each, span_of_loop span, void *what,
+                    void (*leave)(void));
+
 // Calls next(what), which may use team_loop, until it returns 0: each call by one of the threads, one
 // after the other; the others help it. None of them has to be there all the time.
 void team_sequence(int (*next)(void *what), void *what);
