@@ -207,7 +207,9 @@ def figures_of(server: Server, directory: str, full: bool) -> list[Figure]:
         Figure("... with all of their tokens", cancelled[2], None),
         # On a busy machine some of them had been made before, and the front not yet been told.
         Figure("... steps computed for one after it, at most", steps, 1, slack=AT_LEISURE),
-        Figure(f"growth of memory from stream {warm_up:,} to {streams:,}", sum(grown), 2, " MB"),
+        # The short form takes its base when fewer streams have warmed the server up.
+        Figure(f"growth of memory from stream {warm_up:,} to {streams:,}", sum(grown), 2, " MB",
+               slack=2),
         Figure("... of which the front's", grown[0], None, " MB"),
         Figure("keys and values hold", later.cache / 2**20, CACHE_MIB, " MB"),
         Figure("clients killed; as many fell silent and never closed", VANISHED * waves, None),
