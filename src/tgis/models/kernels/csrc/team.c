@@ -3,7 +3,7 @@
 // calls of a sequence, which open the doors of loops.
 //
 // A thread that is taken off its core in the middle of a turn holds the others up. So each offers its
-// core between turns, every tenth of a millisecond: whoever waits for it comes in then.
+// core between turns, five times a millisecond: whoever waits for it comes in then.
 
 #define _GNU_SOURCE
 #include "team.h"
